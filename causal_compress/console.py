@@ -1,0 +1,193 @@
+"""What the command line shows: results on stdout, log and errors on stderr; tables on a terminal, columns in a pipe."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from causal_compress.errors import CausalCompressError
+from causal_compress.progress import enabled
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from causal_compress.doctor import Diagnosis
+    from causal_compress.results import Plan, Scorecard, ScoreRow
+
+TRACEBACKS = 5
+"""Logging level below DEBUG at which faults are shown with their traceback (`-vv`)."""
+
+
+@contextmanager
+def speaking(verbosity: int) -> Iterator[None]:
+    """Lets the package's log and progress reach stderr while the block runs.
+
+    Args:
+        verbosity: -1 warnings only, 0 what is going on, 1 details, 2 or more tracebacks as well.
+    """
+    from rich.console import Console
+
+    logger, console = logging.getLogger("causal_compress"), Console(stderr=True)
+    level = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}.get(verbosity, TRACEBACKS)
+    before, handler = logger.level, _handler(console)
+    logger.setLevel(level)
+    logger.addHandler(handler)
+    try:
+        with enabled(console):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _handler(console: Console) -> logging.Handler:
+    if console.is_terminal:
+        from rich.logging import RichHandler
+
+        return RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    return handler
+
+
+def tell(text: str) -> None:
+    """Prints a result."""
+    sys.stdout.write(text + "\n")
+
+
+def complain(error: CausalCompressError) -> int:
+    """Prints an error that is the user's to mend; returns the exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    _trace(error)
+    return error.exit_code
+
+
+def confess(error: BaseException) -> int:
+    """Prints an error that is our bug: what, where, how to report it; returns the exit code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "unknown"
+    what = "".join(traceback.format_exception_only(error)).strip()
+    sys.stderr.write(
+        "error: causal-compress failed in a way it should not: this is our bug, not yours.\n"
+        f"  what: {_shortened(what, 600)}\n"
+        f"  where: {where}\n"
+        "  nothing is lost: finished stages are in the run folder, the same command goes on after them\n"
+        "  to report it, send this text, the output of the same command with -vv, and of 'causal-compress doctor'\n"
+    )
+    _trace(error)
+    return 1
+
+
+def _trace(error: BaseException) -> None:
+    if logging.getLogger("causal_compress").isEnabledFor(TRACEBACKS):
+        sys.stderr.write("".join(traceback.format_exception(error)))
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + " ..."
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table on a terminal, aligned columns in a pipe, however wide they are."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+        return
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_scorecard(scorecard: Scorecard) -> None:
+    """Prints the scorecard: one row for each model, runtime, batch size and number of threads; then the verdict."""
+    header = (
+        "model",
+        "runtime",
+        "batch",
+        "threads",
+        "accuracy",
+        "drop [pp]",
+        "MACs",
+        "params",
+        "size",
+        "p50",
+        "speed-up",
+    )
+    show_table(header, [_score_cells(row) for row in scorecard.rows])
+    tell(f"verdict: {scorecard.verdict}")
+    for line in (*scorecard.reasons, *(f"note: {note}" for note in scorecard.notes)):
+        tell(f"  {line}")
+
+
+def _score_cells(row: ScoreRow) -> tuple[str, ...]:
+    teacher = row.model == "teacher"
+    low, high = row.drop_ci_pp
+    slow, fast = row.speedup_ci
+    return (
+        row.model,
+        f"{row.runtime} {row.precision}",
+        str(row.batch),
+        str(row.threads),
+        f"{row.accuracy_pct:.2f} % of {row.n}",
+        "" if teacher else f"{row.drop_pp:.2f} ({low:.2f} to {high:.2f})",
+        _count(row.macs),
+        _count(row.params),
+        f"{_count(row.size_bytes)}B",
+        f"{row.latency_ms_p50:.3g} ms",
+        "" if teacher else f"{row.speedup:.2f}x ({slow:.2f} to {fast:.2f})",
+    )
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints a plan: what would merge and narrow, what it would save, and what was left whole and why."""
+    header = ("node", "what", "stays", "MACs", "params", "predicted harm")
+    rows = [
+        (
+            decision.node,
+            decision.kind,
+            f"region {decision.candidate.representative} of {decision.candidate.first}-{decision.candidate.last}",
+            f"{_count(decision.macs_before)} -> {_count(decision.macs_after)}",
+            f"{_count(decision.params_before)} -> {_count(decision.params_after)}",
+            f"{decision.predicted_harm_kl:.3g} nats",
+        )
+        for decision in plan.decisions
+    ]
+    show_table(header, rows)
+    tell(
+        f"predicted: {plan.macs:.3f} of the MACs, {plan.params:.3f} of the parameters, "
+        f"harm {plan.predicted_harm_kl:.3g} nats (output KL)"
+    )
+    for skip in plan.skipped:
+        tell(f"  left whole: {skip.what}: {skip.reason}")
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """Prints what the doctor found, with a remedy for all that is absent or broken."""
+    place = diagnosis.machine
+    memory = f"{place['memory_bytes'] / 2**30:.1f} GiB of memory"
+    tell(f"{place['platform']}, {place['cpu']}, {place['cores']} cores, {memory}")
+    tell("  ".join(f"{name} {version}" for name, version in diagnosis.versions.items()))
+    rows = [
+        (check.name, check.status, check.version or "", check.detail + (f"; {check.remedy}" if check.remedy else ""))
+        for check in diagnosis.checks
+    ]
+    show_table(("what", "status", "version", "detail"), rows)
+
+
+def _count(number: float) -> str:
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {letter}"
+    return f"{number:.0f} "

@@ -1,0 +1,1 @@
+"""Deploy: export, check on real inputs, and measure where the model will run."""

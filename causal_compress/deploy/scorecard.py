@@ -1,0 +1,224 @@
+"""The scorecard: does the result satisfy the budget, what must a reader know, and its forms as CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from causal_compress.recipe import BudgetSection
+from causal_compress.results import Scorecard, ScoreRow, Verdict
+
+_SHORTFALL = 0.75  # a speed-up below this share of the fall in MACs is worth a note
+_DISAGREEMENT_PP = 0.1
+
+
+def verdict(rows: Sequence[ScoreRow], budget: BudgetSection) -> tuple[Verdict, tuple[str, ...]]:
+    """Judge measured rows against the budget.
+
+    Args:
+        rows: Teacher and student rows of one benchmark.
+        budget: Largest shares of MACs and parameters, largest drop of accuracy.
+
+    Returns:
+        FAIL if a cost is missed or the whole 95 % interval of the drop lies above the limit; INCONCLUSIVE if the
+        interval contains the limit; PASS otherwise. Reasons in plain words. The runtime with the largest drop counts.
+    """
+    judged = [*_judge_costs(rows, budget), *_judge_drop(rows, budget)]
+    if not judged:
+        return "PASS", ("no budget was set",)
+    order: tuple[Verdict, ...] = ("FAIL", "INCONCLUSIVE", "PASS")
+    return min((outcome for outcome, _ in judged), key=order.index), tuple(reason for _, reason in judged)
+
+
+def measured_notes(rows: Sequence[ScoreRow]) -> tuple[str, ...]:
+    """What a reader must know about the numbers: noise, speed that falls short of MACs, runtimes that disagree.
+
+    Args:
+        rows: Teacher and student rows of one benchmark.
+
+    Returns:
+        Sentences; empty if there is nothing to say.
+    """
+    notes: list[str] = []
+    for teacher, student in _pairs(rows):
+        notes += _speed_notes(teacher, student)
+    notes += _disagreements(rows)
+    if any(row.peak_memory_bytes is None for row in rows):
+        notes.append("peak memory could not be measured everywhere: the separate process failed")
+    return tuple(notes)
+
+
+def scorecard_csv(scorecard: Scorecard) -> str:
+    """One line per row; the columns of ScoreRow, intervals as two columns each.
+
+    Args:
+        scorecard: Result of the benchmark.
+
+    Returns:
+        CSV with a header line.
+    """
+    table = [_flat(row) for row in scorecard.rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, fieldnames=list(table[0]) if table else [field.name for field in _fields()], lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def scorecard_markdown(scorecard: Scorecard) -> str:
+    """Verdict, reasons, a table for people, and notes.
+
+    Args:
+        scorecard: Result of the benchmark.
+
+    Returns:
+        Markdown text.
+    """
+    lines = [f"**{scorecard.verdict}**", "", *(f"- {reason}" for reason in scorecard.reasons), ""]
+    titles, aligns = zip(*_COLUMNS, strict=True)
+    lines += [f"| {' | '.join(titles)} |", f"|{'|'.join(aligns)}|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in scorecard.rows]
+    if any(row.model == "student" for row in scorecard.rows):
+        lines += ["", "Brackets: 95 % intervals; drop paired over inputs, speed-up over interleaved rounds."]
+    lines += ["", *(f"- note: {note}" for note in scorecard.notes)] if scorecard.notes else []
+    lines += ["", f"Measured on: {'; '.join(scorecard.runtimes)}."] if scorecard.runtimes else []
+    return "\n".join(lines) + "\n"
+
+
+_Judged = tuple[Verdict, str]
+
+
+def _judge_costs(rows: Sequence[ScoreRow], budget: BudgetSection) -> Iterator[_Judged]:
+    teacher, student = _first(rows, "teacher"), _first(rows, "student")
+    if budget.macs is not None:
+        yield _judge_share("MACs", student.macs, teacher.macs, budget.macs)
+    if budget.params is not None:
+        yield _judge_share("parameters", student.params, teacher.params, budget.params)
+
+
+def _judge_share(what: str, kept: int, whole: int, limit: float) -> _Judged:
+    share = kept / whole if whole else 0.0
+    met = kept <= limit * whole
+    # One digit more than the limit needs, so that a near miss does not read as met.
+    text = f"{share:.4f} of the teacher's {what} kept ({kept:,} of {whole:,}); the budget allows {limit:g}"
+    return ("PASS", text) if met else ("FAIL", text + ": missed")
+
+
+def _judge_drop(rows: Sequence[ScoreRow], budget: BudgetSection) -> Iterator[_Judged]:
+    limit = budget.max_accuracy_drop
+    if limit is None:
+        return
+    students = [row for row in rows if row.model == "student"]
+    worst = max(students, key=lambda row: (row.drop_pp, row.drop_ci_pp[1]))
+    low, high = worst.drop_ci_pp
+    text = (
+        f"accuracy dropped by {worst.drop_pp:.2f} pp on {worst.runtime} (95 % interval {low:.2f} to {high:.2f}, "
+        f"n = {worst.n:,}); the budget allows {limit:g} pp"
+    )
+    if high <= limit:
+        yield "PASS", text
+    elif low > limit:
+        yield "FAIL", text + ": missed"
+    else:
+        yield "INCONCLUSIVE", text + ": the interval contains the limit, more test inputs would settle it"
+
+
+def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
+    low, high = student.speedup_ci
+    interval = f"95 % interval {low:.2f}x to {high:.2f}x over {student.rounds} rounds"
+    where = f"{student.runtime}, batch {student.batch}, {student.threads} thread(s)"
+    if low <= 1.0 <= high:
+        yield f"{where}: no difference in latency: {student.speedup:.2f}x lies within the noise ({interval})"
+    elif high < 1.0:
+        yield f"{where}: the student is slower than the teacher: {student.speedup:.2f}x ({interval})"
+    fall = teacher.macs / student.macs if student.macs else 1.0
+    if fall > 1.0 and high < _SHORTFALL * fall:
+        yield (
+            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed; merged regions "
+            "(plan.depth) and aligned widths (plan.align: 16 on CPUs) are what brings it"
+        )
+
+
+def _disagreements(rows: Sequence[ScoreRow]) -> Iterator[str]:
+    for model in ("teacher", "student"):
+        found = {row.runtime: row.accuracy_pct for row in rows if row.model == model}
+        if found and max(found.values()) - min(found.values()) > _DISAGREEMENT_PP:
+            listed = ", ".join(f"{accuracy:.2f} % on {runtime}" for runtime, accuracy in found.items())
+            yield f"the runtimes disagree on the {model}'s accuracy: {listed}"
+
+
+def _pairs(rows: Sequence[ScoreRow]) -> Iterator[tuple[ScoreRow, ScoreRow]]:
+    teachers = {(row.runtime, row.precision, row.batch, row.threads): row for row in rows if row.model == "teacher"}
+    for row in rows:
+        teacher = teachers.get((row.runtime, row.precision, row.batch, row.threads))
+        if row.model == "student" and teacher is not None:
+            yield teacher, row
+
+
+def _first(rows: Sequence[ScoreRow], model: Literal["teacher", "student"]) -> ScoreRow:
+    return next(row for row in rows if row.model == model)
+
+
+def _fields() -> tuple[dataclasses.Field[object], ...]:
+    return dataclasses.fields(ScoreRow)
+
+
+def _flat(row: ScoreRow) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for field in _fields():
+        value = getattr(row, field.name)
+        if isinstance(value, tuple):
+            flat[f"{field.name}_low"], flat[f"{field.name}_high"] = value
+        else:
+            flat[field.name] = value
+    return flat
+
+
+_COLUMNS = (
+    ("model", "---"),
+    ("runtime", "---"),
+    ("precision", "---"),
+    ("batch", "--:"),
+    ("threads", "--:"),
+    ("accuracy %", "--:"),
+    ("drop pp", "--:"),
+    ("params", "--:"),
+    ("MACs", "--:"),
+    ("size MB", "--:"),
+    ("p50 ms", "--:"),
+    ("p95 ms", "--:"),
+    ("p99 ms", "--:"),
+    ("inputs/s", "--:"),
+    ("speed-up", "--:"),
+    ("peak memory MB", "--:"),
+)
+
+
+def _cells(row: ScoreRow) -> tuple[str, ...]:
+    student = row.model == "student"
+    drop = f"{row.drop_pp:.2f} [{row.drop_ci_pp[0]:.2f}, {row.drop_ci_pp[1]:.2f}]" if student else "-"
+    speedup = f"{row.speedup:.2f}x [{row.speedup_ci[0]:.2f}, {row.speedup_ci[1]:.2f}]" if student else "-"
+    memory = "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:.1f}"
+    return (
+        row.model,
+        row.runtime,
+        row.precision,
+        str(row.batch),
+        str(row.threads),
+        f"{row.accuracy_pct:.2f} (n={row.n})",
+        drop,
+        f"{row.params:,}",
+        f"{row.macs:,}",
+        f"{row.size_bytes / 1e6:.2f}",
+        f"{row.latency_ms_p50:.3f}",
+        f"{row.latency_ms_p95:.3f}",
+        f"{row.latency_ms_p99:.3f}",
+        f"{row.throughput_per_s:,.0f}",
+        speedup,
+        memory,
+    )

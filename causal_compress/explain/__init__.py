@@ -1,0 +1,1 @@
+"""Where the user sees why: the causal map, the ledger, and one report of everything that was done."""

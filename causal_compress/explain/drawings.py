@@ -1,0 +1,142 @@
+"""From results to figures: which numbers each figure of the report shows, and how it is told in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from markupsafe import Markup
+
+from causal_compress.explain import figures, formats
+from causal_compress.explain.svg import Caption
+from causal_compress.results import Change, Effects, Epoch, Groups, Partition, Plan, Scorecard, ScoreRow
+
+Ranges = tuple[tuple[int, int], ...]
+_FEATURES = 12
+
+
+def settings(scorecard: Scorecard | None) -> tuple[tuple[str, tuple[ScoreRow, ...]], ...]:
+    """Rows of one runtime, batch size and thread count belong side by side, under a heading."""
+    groups: dict[tuple[str, int, int], list[ScoreRow]] = {}
+    for row in scorecard.rows if scorecard else ():
+        groups.setdefault((row.runtime, row.batch, row.threads), []).append(row)
+    return tuple((setting_name(*key), tuple(rows)) for key, rows in groups.items())
+
+
+def setting_name(runtime: str, batch: int, threads: int) -> str:
+    """A runtime, batch size and thread count in words."""
+    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}.get(runtime, runtime)
+    return f"{name}, batch {batch}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def node_ranges(partition: Partition) -> Ranges:
+    """First and last site of each causal node."""
+    return tuple((min(node), max(node)) for node in partition.nodes if node)
+
+
+def top_features(effects: Effects) -> tuple[tuple[str, float, float], ...]:
+    """Input features with the largest effect first; the third number is half the 95 % interval."""
+    errors = (1.96 * e for e in effects.feature_ace_stderr)
+    rows = zip(effects.features, effects.feature_ace, errors, strict=True)
+    measured = (row for row in rows if math.isfinite(row[1]))
+    return tuple(sorted(measured, key=lambda row: -row[1]))[:_FEATURES]
+
+
+def latency(scorecard: Scorecard) -> Markup:
+    """Median and 95th percentile of every row of the scorecard."""
+    groups = [(heading, [_latency_bar(row) for row in rows]) for heading, rows in settings(scorecard)]
+    desc = "Horizontal bars: median time per batch in every setting measured, with a line to the 95th percentile."
+    return figures.latency_bars(Caption("fig-latency", "Time per batch, teacher and student", desc), groups)
+
+
+def _latency_bar(row: ScoreRow) -> figures.Bar:
+    student, median = row.model == "student", row.latency_ms_p50
+    speed = f", {formats.times(row.speedup)} as fast" if student else ""
+    label = f"{row.model.capitalize()}, {row.precision}"
+    high = max(median, row.latency_ms_p95)
+    return figures.Bar(label, median, median, high, formats.ms(median) + speed, student)
+
+
+def causal_map(effects: Effects, plan: Plan, ranges: Ranges) -> Markup:
+    """Chain, causal nodes, ACE, and MACs before and after."""
+    regions, by_site = effects.chain.regions, {node.site: node for node in effects.nodes}
+    columns = []
+    for region in regions:
+        effect = by_site.get(region.name)
+        ace, error = (effect.ace, 1.96 * effect.ace_stderr) if effect else (None, 0.0)
+        columns.append(figures.MapColumn(ace, error, region.macs))
+    spans = [figures.MapSpan(d.candidate.first, d.candidate.last, d.macs_after) for d in plan.decisions]
+    desc = (
+        f"{len(regions)} regions in {len(ranges)} causal nodes. Upper bars: average causal effect per site. Lower "
+        "bars: MACs of the teacher, pale, and of the student as planned, in colour."
+    )
+    return figures.causal_map(Caption("fig-map", "Causal map before and after", desc), columns, ranges, spans)
+
+
+def input_features(effects: Effects) -> Markup:
+    """The features with the largest effects."""
+    bars = [
+        figures.Bar(name, ace, ace - error, ace + error, formats.number(ace))
+        for name, ace, error in top_features(effects)
+    ]
+    desc = "Horizontal bars: average causal effect of masking each input feature, largest first, with 95 % intervals."
+    return figures.bar_list(Caption("fig-features", "Which parts of the input matter most", desc), bars)
+
+
+def similarity(effects: Effects, ranges: Ranges) -> Markup:
+    """CKA of all pairs of sites, with the causal nodes."""
+    desc = "A square of shades: the stronger, the more alike two sites respond. Frames on the diagonal: causal nodes."
+    return figures.heat_map(Caption("fig-cka", "Similarity of all pairs of sites (CKA)", desc), effects.cka, ranges)
+
+
+def epsilon_path(groups: Groups) -> Markup:
+    """The number of causal nodes at every epsilon."""
+    path = [(p.epsilon_low, p.epsilon_high, len(p.nodes)) for p in groups.path]
+    chosen = (groups.chosen.epsilon_low, groups.chosen.epsilon_high, len(groups.chosen.nodes))
+    desc = f"Steps from many nodes at small epsilon to few at large; {chosen[2]} nodes were chosen."
+    caption = Caption("fig-epsilon", "Number of nodes by tolerance", desc)
+    return figures.epsilon_path(caption, path, chosen, groups.epsilon)
+
+
+def front(plan: Plan, budget: float | None) -> Markup:
+    """Predicted harm at every share of MACs, the plan, and the budget as a share."""
+    curve_points = figures.Series("", tuple((100 * p.macs, p.harm_kl) for p in plan.front))
+    chosen = figures.Series("this plan", ((100 * plan.macs, plan.predicted_harm_kl),), line=False, strong=True)
+    desc = f"Predicted harm falls as more work is kept; the plan keeps {formats.share(plan.macs)} of the MACs."
+    return figures.plot(
+        Caption("fig-front", "Predicted Pareto front", desc),
+        (curve_points, chosen),
+        ("MACs kept [% of the teacher]", "Predicted harm [nats]"),
+        guide=None if budget is None else 100 * budget,
+    )
+
+
+def harm(changes: Sequence[tuple[str, Change]]) -> Markup | None:
+    """Predicted against measured harm of every change that has both."""
+    points = tuple(
+        (change.predicted_harm_kl, change.measured_harm_kl)
+        for _, change in changes
+        if change.predicted_harm_kl is not None and change.measured_harm_kl is not None
+    )
+    if not points:
+        return None
+    desc = f"{len(points)} changes; points on the dashed line did exactly the harm that was predicted."
+    return figures.plot(
+        Caption("fig-harm", "Predicted and measured harm of each change", desc),
+        (figures.Series("", points, line=False, strong=True),),
+        ("Predicted harm [nats]", "Measured harm [nats]"),
+        diagonal=True,
+    )
+
+
+def curve(key: Literal["loss", "accuracy"], epochs: Sequence[Epoch]) -> Markup | None:
+    """Loss or validation accuracy over the epochs."""
+    points = tuple((float(e.epoch), e.loss if key == "loss" else e.validation_pct) for e in epochs)
+    if not points:
+        return None
+    label = "Loss" if key == "loss" else "Validation accuracy [%]"
+    first, last = formats.number(points[0][1]), formats.number(points[-1][1])
+    desc = f"{first} after epoch {epochs[0].epoch}, {last} after epoch {epochs[-1].epoch}."
+    series = (figures.Series("", points, strong=True),)
+    return figures.plot(Caption(f"fig-{key}", f"{label} by epoch", desc), series, ("Epoch", label))

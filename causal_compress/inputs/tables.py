@@ -1,0 +1,295 @@
+"""Tables: files -> frames, columns by name, labels by class, and an encoding fitted on the training rows only."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from causal_compress.errors import DataError, MissingPackageError
+
+_MISSING = "<missing>"
+_MAX_CATEGORIES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class TableRows:
+    """Encoded rows (float32) beside the raw ones (float64; categories as their index in the encoding, -1: unknown)."""
+
+    encoded: NDArray[np.float32]
+    raw: NDArray[np.float64]
+
+    def inputs(self, positions: NDArray[np.int64], generator: torch.Generator | None) -> Tensor:
+        """N x F float32; tables are not augmented."""
+        del generator
+        return torch.from_numpy(self.encoded[positions])
+
+    def show(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """N x columns float64; missing numbers are NaN."""
+        return self.raw[positions]
+
+    def digest(self, update: Callable[[Any], None]) -> None:
+        """Feed every byte to a hash."""
+        update(np.ascontiguousarray(self.raw).data)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What was fitted: numeric columns first, then each categorical column's one-hot group.
+
+    `fill`, `mean` and `std` belong to the numeric columns; `categories` to the categorical ones.
+    """
+
+    numeric: tuple[str, ...]
+    categorical: tuple[str, ...]
+    fill: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    categories: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Column names in encoded order."""
+        return self.numeric + self.categorical
+
+    @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """Encoded positions of each column."""
+        widths = [1] * len(self.numeric) + [len(values) for values in self.categories]
+        ends = np.cumsum(widths)
+        return tuple(tuple(range(int(end) - width, int(end))) for end, width in zip(ends, widths, strict=True))
+
+    def zero(self) -> NDArray[np.float32]:
+        """The encoded row whose numbers are 0 and that is in no category."""
+        blank = np.zeros(sum(len(values) for values in self.categories))
+        return np.concatenate([-self.mean / self.std, blank]).astype(np.float32)
+
+
+def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool) -> pd.DataFrame:
+    """Read a table; without a header its columns are called column_0, column_1, ...
+
+    Raises:
+        DataError: missing, empty or unreadable file.
+        MissingPackageError: a parquet file without pyarrow.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"the table {path} does not exist",
+            remedy="check data.source; the path is relative to the folder in which the command runs.",
+        )
+    try:
+        if kind == "parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(path, header=0 if header else None, na_values=["?"], low_memory=False)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"reading {path} needs the package pyarrow",
+            found="not installed",
+            remedy="pip install 'causal-compress[parquet]'",
+        ) from error
+    except (OSError, ValueError) as error:  # pandas' parser, empty-data, unicode and arrow errors are ValueErrors
+        raise DataError(
+            f"the table {path} can't be read as {kind}",
+            found=str(error).strip()[:200],
+            remedy=f"check that it is a {kind} file in UTF-8.",
+        ) from error
+    if frame.empty:
+        raise DataError(f"the table {path} has no rows", remedy="check that the file is complete.")
+    named = header or kind == "parquet"
+    return frame.set_axis([str(name) if named else f"column_{name}" for name in frame.columns], axis=1)
+
+
+def find_column(frame: pd.DataFrame, reference: str | int, option: str, *, header: bool) -> str:
+    """The frame's name of the column that the recipe means.
+
+    Raises:
+        DataError: no such column.
+    """
+    name = str(reference) if header else f"column_{str(reference).removeprefix('column_')}"
+    if name in frame.columns:
+        return name
+    known = [str(column) for column in frame.columns]
+    close = difflib.get_close_matches(name, known, n=1)
+    wanted = f"one of {', '.join(known[:30])}" if header else f"a number from 0 to {len(known) - 1}"
+    numbers = (
+        " Columns are known by number only with data.header: false." if header and isinstance(reference, int) else ""
+    )
+    raise DataError(
+        f"{option}: the table has no column {reference!r}",
+        wanted=wanted + (", ..." if header and len(known) > 30 else ""),
+        remedy=f"did you mean '{close[0]}'?" if close and header else f"name a column that is there.{numbers}",
+    )
+
+
+def class_names(target: pd.Series, groups: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Class names in the order of their labels: the groups' order, or sorted (numbers by value)."""
+    if groups is not None:
+        return tuple(groups)
+    known = target.dropna().drop_duplicates()
+    if not pd.api.types.is_numeric_dtype(known):
+        known = known.map(text_of)
+    return tuple(text_of(value) for value in sorted(known))
+
+
+def class_labels(
+    target: pd.Series, classes: Sequence[str], groups: Mapping[str, Any] | None, name: str
+) -> NDArray[np.int64]:
+    """Map a label column to 0..C-1.
+
+    Raises:
+        DataError: missing labels, or labels of no class.
+    """
+    if missing := int(target.isna().sum()):
+        raise DataError(f"{name}: {missing} rows have no label", remedy="remove those rows.")
+    texts = target.map(text_of)
+    table = {value: index for index, value in enumerate(classes)}
+    others = None
+    if groups is not None:
+        table = {
+            text_of(value): index for index, values in enumerate(groups.values()) if values != "*" for value in values
+        }
+        others = next((index for index, values in enumerate(groups.values()) if values == "*"), None)
+    labels = texts.map(table)
+    if others is not None:
+        labels = labels.fillna(others)
+    if labels.isna().any():
+        strangers = sorted(texts[labels.isna()].unique())
+        raise DataError(
+            f"{name}: labels that belong to no class",
+            found=", ".join(strangers[:12]) + (f" and {len(strangers) - 12} more" if len(strangers) > 12 else ""),
+            wanted=f"one of {', '.join(table)}"[:300],
+            remedy='put them into data.target_groups; "*" takes all others.',
+        )
+    numbers: NDArray[np.int64] = labels.to_numpy(dtype=np.int64)
+    return numbers
+
+
+def text_of(value: Any) -> str:
+    """A cell as text; 1.0 and 1 are the same (missing values turn whole numbers into floats)."""
+    return str(int(value)) if isinstance(value, float | np.floating) and float(value).is_integer() else str(value)
+
+
+def guess_categorical(frame: pd.DataFrame) -> list[str]:
+    """Columns that are not numbers."""
+    return [str(name) for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+
+
+def fit_encoding(
+    frame: pd.DataFrame, categorical: Sequence[str], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Encoding:
+    """Fit medians, means, standard deviations and categories.
+
+    Args:
+        frame: The training rows, and no others.
+        categorical: Columns to one-hot encode; a missing value is a category of its own.
+        mean: One number per numeric column instead of the fitted means.
+        std: One number per numeric column instead of the fitted standard deviations.
+
+    Returns:
+        All that `encode` needs.
+
+    Raises:
+        DataError: text in a numeric column, infinity, far too many categories, normalize of the wrong length.
+    """
+    from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    numeric = [str(name) for name in frame.columns if name not in set(categorical)]
+    fill = fitted_mean = np.zeros(0)
+    fitted_std = np.ones(0)
+    if numeric:
+        values = _numbers(frame, numeric)
+        imputer = SimpleImputer(strategy="median", keep_empty_features=True).fit(values)
+        scaler = StandardScaler().fit(imputer.transform(values))
+        fill, fitted_mean, fitted_std = imputer.statistics_, scaler.mean_, scaler.scale_
+        fill = np.nan_to_num(fill)  # a column without any value in the training rows
+    categories: tuple[tuple[str, ...], ...] = ()
+    if categorical:
+        encoder = OneHotEncoder(handle_unknown="ignore").fit(_texts(frame, categorical))
+        categories = tuple(tuple(str(value) for value in found) for found in encoder.categories_)
+    _check_categories(categorical, categories)
+    return Encoding(
+        tuple(numeric),
+        tuple(categorical),
+        fill,
+        fitted_mean if mean is None else _per_column(mean, numeric, "mean"),
+        fitted_std if std is None else _per_column(std, numeric, "std"),
+        categories,
+    )
+
+
+def encode(frame: pd.DataFrame, encoding: Encoding) -> TableRows:
+    """Encode rows: numbers standardised (missing: the median), categories one-hot (unknown: all zero).
+
+    Raises:
+        DataError: text or infinity in a numeric column.
+    """
+    values = _numbers(frame, encoding.numeric)
+    raw, parts = [values], [(np.where(np.isnan(values), encoding.fill, values) - encoding.mean) / encoding.std]
+    texts = _texts(frame, encoding.categorical)
+    for column, known in enumerate(encoding.categories):
+        codes = pd.Index(known).get_indexer(texts[:, column])
+        raw.append(codes[:, None].astype(np.float64))
+        parts.append((codes[:, None] == np.arange(len(known))).astype(np.float32))
+    return TableRows(np.concatenate(parts, axis=1, dtype=np.float32), np.concatenate(raw, axis=1))
+
+
+def _numbers(frame: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
+    values = np.empty((len(frame), len(names)))
+    for column, name in enumerate(names):
+        try:
+            values[:, column] = frame[name].to_numpy(dtype=np.float64, na_value=np.nan)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"the column '{name}' is not numeric",
+                found=str(error)[:120],
+                remedy="list it under data.categorical or data.drop; check data.header.",
+            ) from error
+    infinite = [name for column, name in enumerate(names) if np.isinf(values[:, column]).any()]
+    if infinite:
+        raise DataError(
+            "the table holds infinity",
+            found=f"in the columns {', '.join(infinite[:12])}",
+            remedy="leave such cells empty, or drop the columns.",
+        )
+    return values
+
+
+def _texts(frame: pd.DataFrame, names: Sequence[str]) -> NDArray[Any]:
+    columns = [frame[name].astype(object).map(text_of, na_action="ignore").fillna(_MISSING) for name in names]
+    return (
+        np.stack([column.to_numpy(dtype=object) for column in columns], axis=1)
+        if columns
+        else np.empty((len(frame), 0))
+    )
+
+
+def _per_column(values: Sequence[float], numeric: Sequence[str], key: str) -> NDArray[np.float64]:
+    if len(values) != len(numeric):
+        raise DataError(
+            f"data.normalize.{key} does not fit the table",
+            found=f"{len(values)} numbers",
+            wanted=f"{len(numeric)}, one per numeric column",
+            remedy=f"set data.normalize.{key}: null to have it fitted on the training rows.",
+        )
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check_categories(names: Sequence[str], categories: Sequence[Sequence[str]]) -> None:
+    for name, known in zip(names, categories, strict=True):
+        if len(known) > _MAX_CATEGORIES:
+            raise DataError(
+                f"the column '{name}' has too many categories",
+                found=f"{len(known)}, such as {', '.join(known[:3])}",
+                wanted=f"at most {_MAX_CATEGORIES}",
+                remedy="list an identifier under data.drop; in a column of numbers mend the cells that are text.",
+            )

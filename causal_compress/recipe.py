@@ -1,0 +1,217 @@
+"""Every knob: what one can ask for, with its default, its unit and its range.
+
+A recipe is one YAML file of sections. Unknown keys are refused with a "did you mean"; all faults are
+reported at once, each with file and line. `--set section.key=value` overrides a key after the file is read.
+Reading and writing the file is `recipe_file.py`'s work.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The teacher: which architecture, which weights."""
+
+    arch: str | None = Field(
+        None, description="torchvision:NAME, timm:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the architecture")
+    weights: str | None = Field(
+        None, description=".pt, .pth, .th or .safetensors file; null: the callable's own weights"
+    )
+
+
+class NormalizeSection(Section):
+    """Normalisation of inputs that were scaled to [0, 1] (images) or that are raw columns (tables)."""
+
+    mean: list[float] | None = Field(None, description="one number per channel; null: none (images), fitted (tables)")
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(None, description="one number per channel")
+
+
+class AugmentSection(Section):
+    """Augmentation of training images."""
+
+    crop_padding: NonNegative = Field(0, description="random crop after zero-padding by so many pixels")
+    horizontal_flip: bool = False
+
+
+class DataSection(Section):
+    """Where the data is and how it is read."""
+
+    source: str | None = Field(
+        None,
+        description="npz:FILE, imagefolder:DIR, torchvision:NAME:ROOT, csv:FILE, parquet:FILE, sklearn:NAME "
+        "or FILE.py:CALLABLE",
+    )
+    test_source: str | None = Field(None, description="csv and parquet only: a second file that is the test split")
+    normalize: NormalizeSection = NormalizeSection()
+    augment: AugmentSection = AugmentSection()
+    image_size: Positive | None = Field(None, description="images are resized to this many pixels, both sides")
+    channels: Positive | None = Field(None, description="repeat a grey image to so many channels")
+    calibration: Positive = Field(2048, description="inputs held out of training for interventions and refits")
+    validation: Positive = Field(2000, description="inputs held out of training for every choice")
+    test_share: Share = Field(0.2, description="share held out as test split where the source has none")
+    max_train: Positive | None = Field(None, description="use at most so many training inputs")
+    max_test: Positive | None = Field(None, description="use at most so many test inputs")
+    target: str | int | None = Field(None, description="tables: name (or number, without a header) of the label column")
+    target_groups: dict[str, list[str | int] | Literal["*"]] | None = Field(
+        None, description='tables: class name -> labels that belong to it; "*" takes all others'
+    )
+    categorical: list[str | int] | None = Field(
+        None, description="tables: columns to one-hot encode; null: guess from dtype"
+    )
+    drop: list[str | int] = Field(default_factory=list, description="tables: columns that are not inputs")
+    header: bool = Field(True, description="tables: whether the first line names the columns")
+
+
+class InterveneSection(Section):
+    """do(X = x'): which features are masked, and what they become."""
+
+    inputs: Positive = Field(2048, description="calibration inputs that are observed")
+    baselines: list[Literal["zero", "mean", "blur", "marginal"]] = Field(["mean", "marginal"], min_length=1)
+    grid: Positive = Field(4, description="images: patches per side")
+    fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.25, description="share of features masked at a time")
+    masks: Positive = Field(2, description="masks drawn per input and baseline")
+    batch_size: Annotated[int, Field(ge=8)] = 256
+
+
+class GroupSection(Section):
+    """Causal nodes: neighbouring sites whose activations are equivalent."""
+
+    epsilon: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="null: chosen by persistence")
+    bootstraps: NonNegative = Field(50, description="resamples for the stability of the partition")
+
+
+class PlanSection(Section):
+    """Which regions merge and which channels go."""
+
+    depth: bool = Field(True, description="merge neighbouring regions")
+    width: bool = Field(True, description="remove channels")
+    max_span: Positive = Field(3, description="regions that one representative may stand for")
+    max_epsilon: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.6, description="only spans with CKA >= 1 - this are tried"
+    )
+    inputs: Positive = Field(512, description="calibration inputs for the candidates' normal equations")
+    heldout: Positive = Field(
+        256, description="calibration inputs on which candidates are scored, plain and intervened"
+    )
+    widths: list[Share] = Field([0.75, 0.5, 0.375, 0.25, 0.125], description="shares of channels tried")
+    align: Positive = Field(1, description="channel counts are multiples of this (16 suits CPU kernels)")
+    min_channels: Positive = Field(4, description="never fewer channels than this in a group")
+    temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")
+    include: list[str] = Field(["*"], description="patterns of module names that may change")
+    exclude: list[str] = Field(default_factory=list, description="patterns of module names that stay")
+
+
+class RewriteSection(Section):
+    """Merged regions: one representative kept and refitted."""
+
+    inputs: Positive = Field(2048, description="calibration inputs for the closed-form refits")
+    penalties: list[Annotated[float, Field(gt=0)]] = Field(
+        [1e-4, 1e-3, 1e-2, 1e-1], min_length=1, description="ridge penalties tried, relative to the mean squared input"
+    )
+
+
+class PruneSection(Section):
+    """Channels removed and their consumers refitted."""
+
+    inputs: Positive = Field(2048, description="calibration inputs for the closed-form repairs")
+    penalties: list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1], min_length=1)
+    bn_reestimate: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: kept only where held-out KL falls"
+    )
+    head_refit: Literal["auto", "always", "never"] = Field(
+        "auto", description="refit the classifier on the student's features"
+    )
+
+
+class DistillSection(Section):
+    """Recovery: the student learns from the teacher."""
+
+    epochs: NonNegative = 10
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    label_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="share of the label loss; the rest is KD"
+    )
+    boundary_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="weight of the normalised MSE at node boundaries, first third"
+    )
+    intervened_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of each batch that is intervened"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="decay of the averaged weights; 0 switches it off"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class ExportSection(Section):
+    """ONNX file and its parity with PyTorch."""
+
+    opset: Annotated[int, Field(ge=18)] = 18
+    max_abs_diff: Annotated[float, Field(gt=0)] = 1e-3
+    min_agreement_pct: Annotated[float, Field(ge=0, le=100)] = 99.9
+    inputs: Positive = Field(512, description="validation inputs on which parity is checked")
+
+
+class BenchmarkSection(Section):
+    """What is measured on which runtime."""
+
+    runtimes: list[Literal["torch", "onnxruntime"]] = Field(["torch", "onnxruntime"], min_length=1)
+    batches: list[Positive] = Field([1, 64], min_length=1)
+    threads: list[Positive] = Field([1], min_length=1)
+    repeats: Positive = Field(
+        100, description="timed calls of each model, interleaved; at large batches fewer, see seconds"
+    )
+    seconds: Annotated[float, Field(gt=0)] = Field(5.0, description="time limit for each row")
+
+
+class BudgetSection(Section):
+    """What the result must satisfy."""
+
+    macs: Share | None = Field(None, description="largest share of the teacher's MACs")
+    params: Share | None = Field(None, description="largest share of the teacher's parameters")
+    max_accuracy_drop: Annotated[float, Field(ge=0)] | None = Field(None, description="largest drop of accuracy [pp]")
+
+
+class ReportSection(Section):
+    """The report."""
+
+    title: str | None = None
+    examples: NonNegative = Field(12, description="inputs shown on which teacher and student disagree")
+
+
+class Recipe(Section):
+    """All that a run needs; sections set to null are skipped where that makes sense."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    budget: BudgetSection = BudgetSection()
+    intervene: InterveneSection = InterveneSection()
+    group: GroupSection = GroupSection()
+    plan: PlanSection = PlanSection()
+    rewrite: RewriteSection = RewriteSection()
+    prune: PruneSection = PruneSection()
+    distill: DistillSection | None = DistillSection()
+    export: ExportSection = ExportSection()
+    benchmark: BenchmarkSection | None = BenchmarkSection()
+    report: ReportSection = ReportSection()
+    seed: NonNegative = 0
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    threads: Positive | None = Field(None, description="CPU threads for the compression itself; null: all")

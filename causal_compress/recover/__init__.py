@@ -1,0 +1,1 @@
+"""Recovery: the student learns from the teacher; see distill.py."""

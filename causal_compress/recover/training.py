@@ -1,0 +1,277 @@
+"""The training itself: one epoch, one batch, one step; what a run consists of, and what it changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from causal_compress.inputs.data import Data
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import AveragedModel
+
+from causal_compress.errors import NumericalError
+from causal_compress.progress import progress
+from causal_compress.recipe import DistillSection, InterveneSection
+from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
+from causal_compress.recover.networks import answer
+from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
+from causal_compress.results import Epoch
+from causal_compress.understand.intervene import intervened
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_MOMENTUM = 0.9
+_ROWS_WATCHED = 2000
+_EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Course:
+    """What stays the same through all epochs."""
+
+    data: Data
+    section: DistillSection
+    seed: int
+    teacher: nn.Module
+    accelerator: Accelerator
+    device: torch.device
+    bf16: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the rows that are left over differ from epoch to epoch."""
+        return max(1, len(self.data.train) // self.section.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.section.epochs
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Inside, teacher and student compute in the course's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes: the student (`parallel` is the same one, as prepared by Accelerate) and its average."""
+
+    student: nn.Module
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+
+    @property
+    def result(self) -> nn.Module:
+        """The network whose weights count in the end."""
+        return self.student if self.average is None else self.average.module
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on, as tensors and plain data."""
+        average = None if self.average is None else self.average.state_dict()
+        return {"student": self.student.state_dict(), "average": average, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One process's rows of a batch; `counted` says whose labels can be trusted (not those of intervened inputs)."""
+
+    x: Tensor
+    labels: Tensor
+    counted: Tensor
+
+
+def place_network(network: nn.Module, device: torch.device, data: Data) -> nn.Module:
+    """Moves the caller's own copy to where it will run; convolutions on images like channels last."""
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if len(data.input_shape) == 3 else network
+
+
+def prepare(course: Course, watched: nn.Module) -> Learner:
+    """Sets up optimizer, average and, on several processes, the exchange of gradients.
+
+    Args:
+        course: Where and how to train.
+        watched: The caller's own copy of the student; all of its parameters will be trained.
+    """
+    section = course.section
+    student = place_network(watched.requires_grad_(True), course.device, course.data)
+    # Norms and biases set scale and offset; shrinking them regularises nothing.
+    groups = [
+        {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=section.learning_rate, momentum=_MOMENTUM, nesterov=True)
+    average = None
+    if section.ema > 0:
+        average = AveragedModel(student, multi_avg_fn=_averaging(section.ema), use_buffers=True)
+    parallel, optimizer = course.accelerator.prepare(student, optimizer)
+    return Learner(student, parallel, optimizer, average)
+
+
+def _averaging(decay: float) -> Callable[..., None]:
+    @torch.no_grad()
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
+        share = 1.0 - decay_at(int(updates), decay)
+        for old, new in zip(averaged, current, strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, share)
+            else:
+                old.copy_(new)  # a batch norm counts its batches; there is nothing to average
+
+    return average
+
+
+def train_epoch(course: Course, learner: Learner, index: int) -> Epoch:
+    """Trains for one epoch; what happens in it depends on the learner's state, the seed and `index` alone.
+
+    Args:
+        course: Data, teacher and settings.
+        learner: Changed.
+        index: 0 for the first epoch.
+
+    Returns:
+        Mean loss, last learning rate, accuracy on part of the validation split, seconds of training.
+
+    Raises:
+        NumericalError: a loss or gradient is NaN or infinite; the step is not taken.
+    """
+    learner.parallel.train()
+    total, rate = torch.zeros((), device=course.device), 0.0
+    started = time.perf_counter()
+    with _seeded(course, index):
+        for number, batch in enumerate(_batches(course, index)):
+            step = index * course.steps_per_epoch + number
+            rate = learning_rate_at(step, course.steps, course.section.learning_rate)
+            total += _step(course, learner, batch, step, rate)
+    loss = course.accelerator.reduce(total / course.steps_per_epoch, "mean").item()
+    seconds = time.perf_counter() - started
+    with course.autocast():
+        correct, n = count_correct(course, learner.result, _ROWS_WATCHED)
+    return Epoch(
+        epoch=index + 1, loss=loss, learning_rate=rate, validation_pct=100.0 * correct / max(n, 1), seconds=seconds
+    )
+
+
+@contextmanager
+def _seeded(course: Course, index: int) -> Iterator[None]:
+    """Dropout and the like depend on seed, epoch and process only; the caller's random state is put back."""
+    devices = list(range(torch.cuda.device_count())) if course.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(_mixed_seed(course.seed, index, course.accelerator.process_index))
+        yield
+
+
+def _mixed_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _batches(course: Course, index: int) -> Iterator[_Batch]:
+    """This process's part of every batch of an epoch; the same batches whatever the number of processes."""
+    seed = _mixed_seed(course.seed, index)
+    generator = torch.Generator().manual_seed(seed)
+    batches = course.data.train.batches(course.section.batch_size, shuffle_seed=seed, augment=True)
+    batches = islice(batches, course.steps_per_epoch)
+    if course.accelerator.is_main_process:
+        label = f"distill {index + 1}/{course.section.epochs}"
+        batches = progress(batches, label=label, total=course.steps_per_epoch)
+    for x, labels in batches:
+        rows = int(course.section.intervened_share * len(x))
+        yield _own_rows(course, _intervene_on(x, rows, course.data, generator), labels, torch.arange(len(x)) >= rows)
+
+
+def _intervene_on(x: Tensor, rows: int, data: Data, generator: torch.Generator) -> Tensor:
+    """The batch with its first rows intervened, as the analysis does by default; which inputs these are is chance."""
+    if rows == 0:
+        return x
+    usual = InterveneSection()
+    masked = intervened(
+        x[:rows],
+        data.features,
+        grid=usual.grid,
+        fraction=usual.fraction,
+        baselines=tuple(usual.baselines),
+        generator=generator,
+    )
+    return torch.cat([masked, x[rows:]])
+
+
+def _own_rows(course: Course, x: Tensor, labels: Tensor, counted: Tensor) -> _Batch:
+    own = slice(course.accelerator.process_index, None, course.accelerator.num_processes)
+    layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    place = course.device
+    return _Batch(x[own].to(place).contiguous(memory_format=layout), labels[own].to(place), counted[own].to(place))
+
+
+def _step(course: Course, learner: Learner, batch: _Batch, step: int, rate: float) -> Tensor:
+    """One optimizer step; returns the loss before it."""
+    loss = _loss(course, learner, batch, step)
+    learner.optimizer.zero_grad()
+    course.accelerator.backward(loss)
+    _refuse_non_finite(course, learner, loss, step)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
+    learner.optimizer.step()
+    if learner.average is not None:
+        learner.average.update_parameters(learner.student)
+    return loss.detach()
+
+
+def _loss(course: Course, learner: Learner, batch: _Batch, step: int) -> Tensor:
+    section = course.section
+    with course.autocast():
+        with torch.no_grad():
+            wanted, wanted_inside = answer(course.teacher, batch.x)
+        logits, inside = answer(learner.parallel, batch.x)
+    loss = (1.0 - section.label_weight) * kd_loss(logits, wanted, section.temperature)
+    if section.label_weight > 0:
+        loss = loss + section.label_weight * label_loss(logits, batch.labels, batch.counted)
+    weight = section.boundary_weight * boundary_share_at(step, course.steps)
+    return loss + weight * boundary_loss(inside, wanted_inside) if inside and weight > 0 else loss
+
+
+def _refuse_non_finite(course: Course, learner: Learner, loss: Tensor, step: int) -> None:
+    norm = get_total_norm([p.grad for p in learner.student.parameters() if p.grad is not None])
+    if torch.isfinite(loss.detach() + norm):
+        return
+    epoch, number = divmod(step, course.steps_per_epoch)
+    raise NumericalError(
+        f"distill: loss or gradient is not finite in epoch {epoch + 1}, step {number + 1} of {course.steps_per_epoch}",
+        found=f"loss {loss.item():g}, norm of the gradient {norm.item():g}",
+        wanted="finite numbers; the step was not taken",
+        remedy=f"lower distill.learning_rate (now {course.section.learning_rate:g}), raise distill.batch_size"
+        + (", or set distill.precision to fp32" if course.bf16 else ""),
+    )
+
+
+def count_correct(course: Course, network: nn.Module, limit: int | None) -> tuple[int, int]:
+    """Validation inputs answered rightly, and how many there were.
+
+    Args:
+        course: Data and device.
+        network: On the course's device; left in evaluation mode.
+        limit: Use at most so many inputs; None: all.
+    """
+    network.eval()
+    correct = n = 0
+    with torch.no_grad():
+        for x, labels in course.data.validation.batches(_EVALUATION_BATCH, limit=limit):
+            logits, _ = answer(network, x.to(course.device))
+            correct += int((logits.argmax(1).cpu() == labels).sum())
+            n += len(labels)
+    return correct, n

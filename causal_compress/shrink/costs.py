@@ -1,0 +1,79 @@
+"""What a part costs at each width: MACs and parameters, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from causal_compress.understand.cost import count_macs
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """MACs and parameters of one layer for one input; `scales` says which widths they are proportional to."""
+
+    macs: float
+    params: float
+    scales: str
+
+
+def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
+    """MACs and parameters of every layer of a part; what belongs to no known layer stands under the empty path.
+
+    Args:
+        part: A part.
+        x: One input of it (1, ...).
+    """
+    costs: dict[str, LayerCost] = {}
+    outputs: dict[str, Tensor] = {}
+    layers = {str(node.target): part.get_submodule(str(node.target)) for node in part.graph.nodes if node.op == "call_module"}
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out, path=path: outputs.__setitem__(path, out)) for path, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            part(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, layer in layers.items():
+        params = float(sum(parameter.numel() for parameter in layer.parameters()))
+        match layer:
+            case nn.Conv2d():
+                taps = layer.kernel_size[0] * layer.kernel_size[1]
+                macs = float(outputs[path].numel() * layer.in_channels // layer.groups * taps)
+                costs[path] = LayerCost(macs, params, "both" if layer.groups == 1 else "out")
+            case nn.Linear():
+                costs[path] = LayerCost(float(outputs[path].numel() * layer.in_features), params, "both")
+            case nn.modules.batchnorm._NormBase() | nn.LayerNorm() | nn.GroupNorm() | nn.PReLU():
+                costs[path] = LayerCost(0.0, params, "out")
+    total = float(count_macs(part, x)), float(sum(parameter.numel() for parameter in part.parameters()))
+    known = sum(cost.macs for cost in costs.values()), sum(cost.params for cost in costs.values())
+    costs[""] = LayerCost(max(0.0, total[0] - known[0]), max(0.0, total[1] - known[1]), "none")
+    return costs
+
+
+def part_costs(
+    costs: Mapping[str, LayerCost], shares: Mapping[str, tuple[float, float]], writers: Collection[str]
+) -> dict[str, float]:
+    """Cost of a part whose layers keep some shares of inputs and outputs, split by what its own output width scales.
+
+    Args:
+        costs: From `layer_costs`.
+        shares: Layer -> (share of inputs, share of outputs) that stay.
+        writers: The layers whose outputs shrink with the part's own output, where that can be narrowed.
+
+    Returns:
+        The fields macs_fixed, macs_out, params_fixed and params_out of a Candidate.
+    """
+    result = {"macs_fixed": 0.0, "macs_out": 0.0, "params_fixed": 0.0, "params_out": 0.0}
+    for path, cost in costs.items():
+        inputs, outputs = shares.get(path, (1.0, 1.0))
+        factor = {"both": inputs * outputs, "out": outputs, "none": 1.0}[cost.scales]
+        kind = "out" if path in writers else "fixed"
+        result[f"macs_{kind}"] += cost.macs * factor
+        result[f"params_{kind}"] += cost.params * factor
+    return result

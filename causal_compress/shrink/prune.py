@@ -1,0 +1,243 @@
+"""Carries out the plan's widths: channels removed front to back, every reader refitted on what the student feeds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from causal_compress.progress import progress
+from causal_compress.recipe import PruneSection
+from causal_compress.results import Change, Decision, Keep, Plan, Skip, Surgery
+from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_groups, remove_channels
+from causal_compress.shrink.front import Front, output_kl
+from causal_compress.shrink.measure import PATH_PENALTY
+from causal_compress.shrink.repair import (
+    MOST_FEATURES,
+    Fitted,
+    current_affine,
+    feature_columns,
+    find_site,
+    kept_channels,
+    reader_equations,
+    tail_equations,
+    write_solution,
+)
+from causal_compress.shrink.surgery import Student, copied
+from causal_compress.understand.graph import fetch
+from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail
+
+
+def prune(
+    student: Student, plan: Plan, front: Front, metrics: dict[int, Tensor], section: PruneSection
+) -> tuple[Student, tuple[Change, ...], tuple[Skip, ...]]:
+    """Remove the channels that the plan gives up and repair what read them; refit every other tail where that helps.
+
+    Args:
+        student: After `rewrite`; left as it is.
+        plan: How many channels stay in each group.
+        front: At the input; is moved to the end.
+        metrics: What an error before each teacher region's final activation costs, from `output_metrics`.
+        section: Ridge penalties, and which repairs are allowed.
+
+    Returns:
+        The student, ledger lines, refusals.
+    """
+    work = _Work(copied(student), front, metrics, section)
+    for index, decision in enumerate(progress(plan.decisions, label="removing channels and refitting", unit="node")):
+        work.carry_out(index, decision)
+    work.reestimate_norms()
+    surgery = Surgery(
+        merges=student.surgery.merges,
+        keeps=tuple(work.keeps),
+        biased=tuple(dict.fromkeys([*student.surgery.biased, *work.biased])),
+    )
+    return replace(work.student, surgery=surgery), tuple(work.changes), tuple(work.skips)
+
+
+class _Work:
+    """Everything that grows while the surgery goes along the chain."""
+
+    def __init__(self, student: Student, front: Front, metrics: dict[int, Tensor], section: PruneSection) -> None:
+        self.student, self.front, self.metrics, self.section = student, front, metrics, section
+        self.inputs = list(front.student)
+        self.heldout_inputs = list(front.heldout)
+        example = front.network.example_input
+        self.groups, _ = find_groups(student.graph, example)
+        self.dependencies: Any = dependencies_of(student.graph, example)
+        self.keeps: list[Keep] = []
+        self.biased: list[str] = []
+        self.changes: list[Change] = []
+        self.skips: list[Skip] = []
+
+    def carry_out(self, index: int, decision: Decision) -> None:
+        """Narrow one part, refit its last affine layer, and go on behind it."""
+        part = self.student.parts[index]
+        candidate = decision.candidate
+        targets = self.front.look_ahead(candidate.last)
+        tail = find_tail(part)
+        narrowed = []
+        if candidate.inputs_kept < 1.0 and isinstance(tail, Tail):
+            narrowed.append(self._narrow_input(index, part, tail, candidate.inputs_kept, targets))
+        for producer, count in candidate.widths.items():
+            group = next(group for group in self.groups if group.producer == producer)
+            narrowed.append(self._narrow_group(part, group, count, tail, targets, candidate.last))
+        error, penalty = self._refit_tail(part, tail, targets, last=candidate.last == len(self.front.network.regions) - 1)
+        rise = self.front.advance(part)
+        if narrowed:
+            self.changes.append(
+                Change(
+                    node=decision.node,
+                    what="; ".join(narrowed),
+                    evidence=decision.evidence,
+                    predicted_harm_kl=decision.predicted_harm_kl,
+                    measured_harm_kl=rise,
+                    relative_error=error,
+                    penalty=penalty,
+                )
+            )
+
+    def _narrow_input(self, index: int, part: fx.GraphModule, tail: Tail, share: float, targets: list[Tensor]) -> str:
+        """Remove channels of the cut point before a part: its own tail reads them, the part before writes them."""
+        before = find_tail(self.student.parts[index - 1])
+        assert isinstance(before, Tail)
+        layer = fetch(part, tail.affine)
+        channels = len(fetch(self.student.graph, before.affine).weight)
+        count = round(share * channels)
+        weight, _ = current_affine(part, tail.affine, tail.norm)
+        columns = feature_columns(layer, None, channels, len(weight))
+        sums = tail_equations(part, tail, self.front.student, targets)
+        kept = self._choose([(sums, weight, columns, self._metric(index, tail))], count)
+        self._remove(before.affine, kept)
+        self.front.keep_channels(kept)
+        return f"{count} of {channels} channels of {before.affine} kept"
+
+    def _metric(self, index: int, tail: Tail) -> Tensor | None:
+        return None if tail.undo else self.metrics.get(self.student.ends[index])
+
+    def _narrow_group(
+        self, part: fx.GraphModule, group: ChannelGroup, count: int, tail: Tail | str, targets: list[Tensor], last: int
+    ) -> str:
+        """Remove channels of a group inside a part; readers other than the tail are refitted to their own output."""
+        readers: list[tuple[Fitted, Tensor, Tensor, Tensor | None]] = []
+        for reader in group.readers:
+            is_tail = isinstance(tail, Tail) and reader.layer == tail.affine
+            site = find_site(part, reader.layer)
+            weight, _ = current_affine(part, reader.layer, site.norm)
+            if is_tail and isinstance(tail, Tail):
+                sums = tail_equations(part, tail, self.front.student, targets)
+            else:
+                sums = reader_equations(part, site, self.front.student)
+            columns = feature_columns(fetch(part, reader.layer), reader, group.channels, len(weight))
+            metric = self.metrics.get(last) if is_tail and isinstance(tail, Tail) and not tail.undo else None
+            readers.append((sums, weight, columns, metric))
+        kept = self._choose(readers, count)
+        self._remove(group.producer, kept)
+        for reader, (sums, weight, columns, _) in zip(group.readers, readers, strict=True):
+            if not (isinstance(tail, Tail) and reader.layer == tail.affine):
+                stays = columns[kept].flatten().sort().values
+                self._write(part, reader.layer, sums.select(stays), weight[stays])
+        return f"{count} of {group.channels} channels of {group.producer} kept"
+
+    def _choose(self, readers: Sequence[tuple[Fitted, Tensor, Tensor, Tensor | None]], count: int) -> Tensor:
+        """Which channels stay: the surgeon's path from each reader's own best solution."""
+        known = []
+        for sums, weight, columns, metric in readers:
+            best = sums.solve(self.section.penalties, weight).weight if len(weight) <= MOST_FEATURES else weight
+            known.append((sums.both(), best, columns, metric))
+        return kept_channels(known, [count], PATH_PENALTY)[count]
+
+    def _remove(self, producer: str, kept: Tensor) -> None:
+        keep = Keep(producer=producer, channels=tuple(int(channel) for channel in kept))
+        remove_channels(self.student.graph, self.dependencies, keep)
+        self.keeps.append(keep)
+
+    def _write(self, part: fx.GraphModule, layer: str, sums: Fitted, prior: Tensor) -> None:
+        site = find_site(part, layer)
+        solution = sums.solve(self.section.penalties, prior)
+        self._note_bias(part, layer, site.norm)
+        write_solution(part, layer, site.norm, (solution.weight, solution.bias), sums.both())
+
+    def _note_bias(self, part: fx.GraphModule, layer: str, norm: str | None) -> None:
+        if norm is None and fetch(part, layer).bias is None:
+            self.biased.append(layer)
+
+    def _refit_tail(self, part: fx.GraphModule, tail: Tail | str, targets: list[Tensor], *, last: bool) -> tuple[float | None, float | None]:
+        """Solve the part's last affine layer anew if held-out error falls; returns its relative error and penalty."""
+        if isinstance(tail, str) or not targets or (last and self.section.head_refit == "never"):
+            return None, None
+        weight, bias = current_affine(part, tail.affine, tail.norm)
+        if len(weight) > MOST_FEATURES:
+            self.skips.append(Skip(what=f"refit of {tail.affine}", reason=f"{len(weight)} inputs (limit {MOST_FEATURES})"))
+            return None, None
+        sums = tail_equations(part, tail, self.front.student, targets)
+        solution = sums.solve(self.section.penalties, weight)
+        now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
+        if solution.relative_error < now or (last and self.section.head_refit == "always"):
+            self._note_bias(part, tail.affine, tail.norm)
+            write_solution(part, tail.affine, tail.norm, (solution.weight, solution.bias), sums.both())
+            return solution.relative_error, solution.penalty
+        return now, None
+
+    def reestimate_norms(self) -> None:
+        """Batch norm statistics from the student's own activations, kept where the held-out KL falls."""
+        if self.section.bn_reestimate == "never":
+            return
+        trial = copied(self.student)
+        if not reestimate_batch_norms(trial.graph, self.inputs):
+            return
+        scores = [self._kl(self.student.graph), self._kl(trial.graph)]
+        if self.section.bn_reestimate == "always" or scores[1] < scores[0]:
+            self.student = trial
+            self.front.harm_kl = scores[1]
+            self.changes.append(_norm_change(scores[1] - scores[0]))
+        else:
+            reason = f"held-out output KL would rise from {scores[0]:.4f} to {scores[1]:.4f} nats"
+            self.skips.append(Skip(what="batch norm re-estimation", reason=reason))
+
+    def _kl(self, graph: nn.Module) -> float:
+        with torch.no_grad():
+            logits = [graph(x) for x in self.heldout_inputs]
+        return output_kl(logits, self.front.reference, self.front.temperature)
+
+
+def _norm_change(rise: float) -> Change:
+    return Change(
+        node="all",
+        what="batch norm statistics re-estimated on the student's own activations",
+        evidence=None,
+        predicted_harm_kl=None,
+        measured_harm_kl=rise,
+        relative_error=None,
+        penalty=None,
+    )
+
+
+def reestimate_batch_norms(graph: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Set running statistics to the average over chunks of inputs (in place).
+
+    Args:
+        graph: In evaluation mode afterwards.
+        inputs: Chunks.
+
+    Returns:
+        Whether there was any batch norm.
+    """
+    norms = [module for module in graph.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        with torch.no_grad():
+            for x in inputs if norms else ():
+                graph(x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    return bool(norms)

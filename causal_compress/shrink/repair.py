@@ -1,0 +1,195 @@
+"""Refits of a part's affine layers on activations: the plumbing between fx graphs and the closed forms of refit.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from causal_compress.shrink.channels import ChannelGroup, Reader
+from causal_compress.shrink.refit import (
+    Consumer,
+    NormalEquations,
+    Solution,
+    effective_affine,
+    fit,
+    rows_of,
+    surgeon_path,
+    target_rows,
+    write_affine,
+)
+from causal_compress.understand.graph import fetch, observer
+from causal_compress.understand.tail import BATCH_NORMS, Tail, undo
+
+HELD_OUT_EVERY = 4
+MOST_ROWS = 400_000
+MOST_FEATURES = 4800
+EXACT_FEATURES = 2400
+
+
+@dataclass(frozen=True)
+class Site:
+    """An affine layer to refit: its path, the batch norm right behind it, and the nodes of its input and output."""
+
+    layer: str
+    norm: str | None
+    features: fx.Node
+    output: fx.Node
+
+
+def find_site(part: fx.GraphModule, layer: str) -> Site:
+    """Where a layer of a part reads and writes; the output is taken behind its batch norm where one follows directly."""
+    node = next(node for node in part.graph.nodes if node.op == "call_module" and str(node.target) == layer)
+    follower = next(iter(node.users)) if len(node.users) == 1 else None
+    module = part.get_submodule(str(follower.target)) if follower is not None and follower.op == "call_module" else None
+    if follower is not None and isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+        return Site(layer, str(follower.target), node.all_input_nodes[0], follower)
+    return Site(layer, None, node.all_input_nodes[0], node)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Sums over the fitting and the held-out chunks of one layer."""
+
+    train: NormalEquations
+    heldout: NormalEquations
+
+    def both(self) -> NormalEquations:
+        """All rows."""
+        return self.train + self.heldout
+
+    def select(self, kept: Tensor) -> Fitted:
+        """The same for a subset of features."""
+        return Fitted(self.train.select(kept), self.heldout.select(kept))
+
+    def solve(self, penalties: Sequence[float], prior: Tensor | None) -> Solution:
+        """Ridge with held-out choice of the penalty."""
+        return fit(self.train, self.heldout, penalties, prior)
+
+
+@torch.no_grad()
+def tail_equations(part: fx.GraphModule, tail: Tail, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Fitted:
+    """Normal equations that make a part's output before its final activation equal to given targets.
+
+    Args:
+        part: One input, one output.
+        tail: Its tail.
+        inputs: Chunks that enter the part.
+        targets: For each chunk the wanted value at `tail.pre`.
+    """
+    nodes = [tail.features] if tail.skip is None else [tail.features, tail.skip]
+    watch = observer(part, nodes)
+    layer = fetch(part, tail.affine)
+
+    def rows() -> Iterable[tuple[Tensor, Tensor]]:
+        for x, wanted in zip(inputs, targets, strict=True):
+            features, *skip = watch(x)
+            residual = wanted - skip[0] if skip else wanted
+            yield features, undo(part, tail, residual)
+
+    return accumulate(layer, rows(), len(inputs))
+
+
+@torch.no_grad()
+def reader_equations(part: fx.GraphModule, site: Site, inputs: Sequence[Tensor]) -> Fitted:
+    """Normal equations that make a layer reproduce the output that it has now."""
+    watch = observer(part, [site.features, site.output])
+    return accumulate(fetch(part, site.layer), (watch(x) for x in inputs), len(inputs))
+
+
+@torch.no_grad()
+def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: int) -> Fitted:
+    """Sum the rows of all chunks; every fourth chunk is held out.
+
+    Args:
+        layer: The affine layer to be refitted.
+        rows: Its inputs and its wanted outputs, chunk by chunk.
+        chunks: How many there are.
+    """
+    sums: dict[bool, NormalEquations] = {}
+    for index, (features, outputs) in enumerate(rows):
+        z, t = rows_of(layer, features), target_rows(layer, outputs)
+        most = max(MOST_ROWS // chunks, 1024)
+        if len(z) > most:
+            chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(index))[:most]
+            z, t = z[chosen], t[chosen]
+        held = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 if chunks >= HELD_OUT_EVERY else index == chunks - 1
+        if held not in sums:
+            sums[held] = NormalEquations(z.shape[1], t.shape[1])
+        sums[held].add(z, t)
+    train = sums.get(False, sums.get(True))
+    assert train is not None
+    return Fitted(train, sums.get(True, train))
+
+
+def feature_columns(layer: nn.Module, reader: Reader | None, channels: int, features: int) -> Tensor:
+    """Which feature rows belong to each channel (channels, features per channel).
+
+    Args:
+        layer: The layer that reads.
+        reader: torch-pruning's word on its input positions; None: channels lie one after the other.
+        channels: Channels of the group.
+        features: All features of the layer.
+    """
+    if reader is None:
+        return torch.arange(features).reshape(channels, -1)
+    positions = torch.tensor(reader.positions)
+    taps = layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
+    return (positions.unsqueeze(2) * taps + torch.arange(taps)).flatten(1)
+
+
+def kept_channels(
+    readers: Sequence[tuple[NormalEquations, Tensor, Tensor, Tensor | None]], counts: Sequence[int], penalty: float
+) -> dict[int, Tensor]:
+    """Which channels of a group stay at each count.
+
+    Args:
+        readers: For each reader its equations, solution (features, targets), columns (channels, each) and metric.
+        counts: Channel counts wanted.
+        penalty: Relative ridge penalty of the surgeon's inverse.
+    """
+    if all(len(weight) <= EXACT_FEATURES for _, weight, _, _ in readers):
+        return surgeon_path([Consumer(*reader, penalty=penalty) for reader in readers], counts)
+    loss = torch.stack([_uncompensated_loss(*reader) for reader in readers]).sum(0)
+    order = torch.argsort(loss, descending=True)
+    return {count: order[:count].sort().values for count in counts}
+
+
+def _uncompensated_loss(equations: NormalEquations, weight: Tensor, columns: Tensor, metric: Tensor | None) -> Tensor:
+    """Rise of the squared error when a channel becomes its mean and nothing makes up for it (channels,)."""
+    covariance = equations.covariance()
+    blocks = covariance[columns.unsqueeze(2), columns.unsqueeze(1)]
+    parts = weight[columns]
+    weighed = parts if metric is None else parts @ metric
+    return ((blocks @ parts) * weighed).sum((1, 2))
+
+
+def masked(solution: Solution, kept: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """A solution on some features, as a weight over all of them with zeros elsewhere."""
+    weight = torch.zeros(features, solution.weight.shape[1], dtype=torch.float64)
+    weight[kept] = solution.weight
+    return weight, solution.bias
+
+
+def write_solution(part: fx.GraphModule, layer: str, norm: str | None, solution: tuple[Tensor, Tensor], sums: NormalEquations) -> None:
+    """Put a refitted affine map into a part's layer and batch norm (in place)."""
+    write_affine(fetch(part, layer), None if norm is None else fetch(part, norm), solution, sums)
+
+
+def current_affine(part: fx.GraphModule, layer: str, norm: str | None) -> tuple[Tensor, Tensor]:
+    """The affine map that a part's layer and batch norm compute now."""
+    return effective_affine(fetch(part, layer), None if norm is None else fetch(part, norm))
+
+
+def inner_groups(groups: Iterable[ChannelGroup], modules: Sequence[str]) -> list[ChannelGroup]:
+    """The groups that lie wholly inside a set of modules: written, passed on and read there."""
+    inside = set(modules)
+    return [
+        group
+        for group in groups
+        if inside.issuperset(group.writers)
+        and inside.issuperset(group.passing)
+        and inside.issuperset(reader.layer for reader in group.readers)
+    ]

@@ -1,0 +1,157 @@
+"""Surgery on torch.fx graphs that knows no recipe: cut a piece out, put pieces together, make ops pure."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_PURE_FUNCTIONS = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
+_PURE_METHODS = {"add_": "add", "sub_": "sub", "mul_": "mul", "relu_": "relu", "clamp_": "clamp", "div_": "div"}
+
+
+def make_pure(graph: fx.GraphModule) -> None:
+    """Replace in-place operations, so that an observed activation is never overwritten later.
+
+    Args:
+        graph: Changed in place; it must be the caller's own copy.
+    """
+    for module in graph.modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in _PURE_FUNCTIONS:
+            node.target = _PURE_FUNCTIONS[node.target]
+        elif node.op == "call_method" and node.target in _PURE_METHODS:
+            node.target = _PURE_METHODS[node.target]
+        if node.kwargs.get("inplace") is True:
+            node.kwargs = {**node.kwargs, "inplace": False}
+    graph.recompile()
+
+
+def get_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or None."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that `node` depends on, without itself."""
+    seen: set[fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return seen
+
+
+def extract(graph: fx.GraphModule, entry: fx.Node, exit_: fx.Node) -> fx.GraphModule:
+    """The piece of a graph that computes `exit_` from `entry`, as a module of one input.
+
+    Args:
+        graph: Left as it is; the piece shares its modules and parameters.
+        entry: Every path to `exit_` that starts at an input passes through it.
+        exit_: The piece's output; may be `entry`.
+
+    Raises:
+        ValueError: a path to `exit_` goes around `entry`.
+    """
+    inside = (ancestors(exit_) | {exit_}) - ancestors(entry) - {entry}
+    piece = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {entry: piece.placeholder("x")}
+    for node in graph.graph.nodes:
+        if node in inside and node is not entry:
+            if node.op == "placeholder" or any(source not in mapping for source in node.all_input_nodes):
+                raise ValueError(f"{node.name} does not depend on {entry.name} alone")
+            mapping[node] = piece.node_copy(node, lambda source: mapping[source])
+    piece.output(mapping[exit_])
+    return fx.GraphModule(graph, piece)
+
+
+def compose(parts: Sequence[fx.GraphModule]) -> fx.GraphModule:
+    """One graph that runs the parts one after the other, sharing their modules and parameters.
+
+    Args:
+        parts: Modules of one input and one output; a module's path names the same object wherever it occurs.
+    """
+    return compose_with_ends(parts)[0]
+
+
+def compose_with_ends(parts: Sequence[fx.GraphModule]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """As `compose`, with the name of the node that ends each part."""
+    whole = fx.Graph()
+    names: list[str] = []
+    attributes: dict[str, Any] = {}
+    value = whole.placeholder("x")
+    for part in parts:
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in part.graph.nodes:
+            if node.op == "placeholder":
+                mapping[node] = value
+            elif node.op == "output":
+                value = mapping[node.args[0]]
+                names.append(value.name)
+            else:
+                mapping[node] = whole.node_copy(node, lambda source, known=mapping: known[source])
+                if node.op in ("call_module", "get_attr"):
+                    attributes[str(node.target)] = fetch(part, str(node.target))
+    whole.output(value)
+    return fx.GraphModule(attributes, whole), tuple(names)
+
+
+def fetch(module: nn.Module, path: str) -> Any:
+    """The module, parameter or buffer at a dotted path."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def common_name(modules: Iterable[str], fallback: str) -> str:
+    """The dotted prefix that module paths share; the path itself where there is one, `fallback` where there is none."""
+    split = [path.split(".") for path in modules]
+    if not split:
+        return fallback
+    shared: list[str] = []
+    for level in zip(*split, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared) or split[0][0]
+
+
+def run_in_chunks(module: nn.Module, x: Tensor, size: int = 128) -> Tensor:
+    """Apply a module row-chunk by row-chunk, without gradients: bounds the memory of what lies inside."""
+    with torch.no_grad():
+        return torch.cat([module(chunk) for chunk in x.split(size)])
+
+
+def observer(piece: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """A module that returns the values of several nodes of a piece as a tuple, computed in one pass.
+
+    Args:
+        piece: A module of one input; left as it is, its modules and parameters are shared.
+        nodes: Nodes of its graph.
+    """
+    wanted: set[fx.Node] = set(nodes)
+    for node in nodes:
+        wanted |= ancestors(node)
+    seen = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in piece.graph.nodes:
+        if node in wanted or node.op == "placeholder":
+            mapping[node] = seen.node_copy(node, lambda source: mapping[source])
+    seen.output(tuple(mapping[node] for node in nodes))
+    return fx.GraphModule(piece, seen)
+
+
+def ends(piece: fx.GraphModule) -> tuple[fx.Node, fx.Node]:
+    """A piece's placeholder and the node that it returns."""
+    entry = next(node for node in piece.graph.nodes if node.op == "placeholder")
+    exit_ = next(node for node in piece.graph.nodes if node.op == "output").args[0]
+    assert isinstance(exit_, fx.Node)
+    return entry, exit_

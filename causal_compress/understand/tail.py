@@ -1,0 +1,177 @@
+"""Where a region ends: its last affine layer, the skip branch added to it, and what follows.
+
+A region's output is post( T( affine(features) ) + skip ), where T (a batch norm, a permutation, a layer scale) can be undone
+or folded. So a target for the output before `post` is a target for the affine layer, which is what a refit needs.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from causal_compress.understand.graph import ancestors, get_module
+
+_ADDS = (operator.add, torch.add)
+_PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.AlphaDropout)
+_PASSING_FUNCTIONS = ("dropout", "stochastic_depth")
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.PReLU,
+)  # fmt: skip
+_ACTIVATION_NAMES = {
+    "relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "selu", "sigmoid", "tanh",
+    "hardswish", "hardsigmoid", "hardtanh", "softplus",
+}  # fmt: skip
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last affine layer of a region.
+
+    Attributes:
+        affine: Path of the convolution or linear layer.
+        norm: Path of the batch norm right behind it, or None.
+        features: The node that feeds it.
+        undo: Nodes between the affine layer and `pre` that are undone to turn a target at `pre` into one for the layer.
+        skip: The node added to it, or None.
+        pre: The node whose value is target of a refit: the last one before activations.
+    """
+
+    affine: str
+    norm: str | None
+    features: fx.Node
+    undo: tuple[fx.Node, ...]
+    skip: fx.Node | None
+    pre: fx.Node
+
+
+def find_tail(piece: fx.GraphModule) -> Tail | str:
+    """The tail of a region, or the reason why it has none that can be refitted.
+
+    Args:
+        piece: A region's module: one placeholder, one output.
+    """
+    node = next(node for node in piece.graph.nodes if node.op == "output").args[0]
+    assert isinstance(node, fx.Node)
+    while _is_activation(piece, node) or _is_passing(piece, node):
+        node = node.all_input_nodes[0]
+    if node.op == "call_function" and node.target in _ADDS and len(node.all_input_nodes) == 2:
+        found = [(branch, _walk_back(piece, branch)) for branch in node.all_input_nodes]
+        tails = [(branch, walked) for branch, walked in found if walked is not None]
+        if not tails:
+            return "no summand of its last addition ends with a convolution or linear layer"
+        branch, walked = max(tails, key=lambda item: len(ancestors(item[0])))
+        skip = next((other for other in node.all_input_nodes if other is not branch), None)
+        return _tail(piece, walked, skip, node)
+    walked = _walk_back(piece, node)
+    if walked is None:
+        return f"it ends with {describe(piece, node)}, which is not affine"
+    return _tail(piece, walked, None, node)
+
+
+def _tail(piece: fx.GraphModule, walked: list[fx.Node], skip: fx.Node | None, pre: fx.Node) -> Tail:
+    affine, *between = walked
+    norm = next((str(node.target) for node in between if isinstance(get_module(piece, node), BATCH_NORMS)), None)
+    undo = tuple(node for node in between if not isinstance(get_module(piece, node), BATCH_NORMS))
+    return Tail(str(affine.target), norm, affine.all_input_nodes[0], undo, skip, pre)
+
+
+def _walk_back(piece: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
+    """From a node back to an affine layer through what can be undone: the nodes from the layer on, or None."""
+    walked: list[fx.Node] = []
+    while True:
+        walked.insert(0, node)
+        module = get_module(piece, node)
+        if is_affine(module):
+            used_once = sum(str(other.target) == str(node.target) for other in piece.graph.nodes) == 1
+            return walked if used_once and len(node.users) == 1 else None
+        if isinstance(module, BATCH_NORMS):
+            source = get_module(piece, node.all_input_nodes[0])
+            if not is_affine(source) or module.running_mean is None:
+                return None
+        elif not (_is_passing(piece, node) or _is_scale(node) or _is_permute(piece, node)):
+            return None
+        if len(node.users) > 1 and len(walked) > 1:
+            return None
+        node = next(source for source in node.all_input_nodes if source.op != "get_attr")
+
+
+def is_affine(module: nn.Module | None) -> bool:
+    """Whether a closed-form refit of the module exists: an ungrouped 2-d convolution with zero padding, or a linear layer."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _is_activation(piece: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(get_module(piece, node), _ACTIVATIONS)
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _ACTIVATION_NAMES
+
+
+def _is_passing(piece: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node hands its input on unchanged in evaluation mode."""
+    if node.op == "call_module":
+        module = get_module(piece, node)
+        return isinstance(module, _PASSING) or type(module).__name__ == "StochasticDepth"
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _PASSING_FUNCTIONS
+
+
+def _is_scale(node: fx.Node) -> bool:
+    """Whether the node multiplies by a parameter (a layer scale)."""
+    sources = node.all_input_nodes
+    multiplies = node.op == "call_function" and node.target in (operator.mul, torch.mul)
+    return multiplies and len(sources) == 2 and sum(source.op == "get_attr" for source in sources) == 1
+
+
+def _is_permute(piece: fx.GraphModule, node: fx.Node) -> bool:
+    return _permutation(piece, node) is not None
+
+
+def _permutation(piece: fx.GraphModule, node: fx.Node) -> list[int] | None:
+    module = get_module(piece, node)
+    if type(module).__name__ == "Permute":
+        return list(module.dims)  # type: ignore[union-attr, arg-type]
+    if node.op == "call_method" and node.target == "permute":
+        dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+        return [int(dim) for dim in dims]  # type: ignore[arg-type, union-attr]
+    return None
+
+
+def undo(piece: fx.GraphModule, tail: Tail, value: Tensor) -> Tensor:
+    """Carry a target at `tail.pre` (its skip already subtracted) back to the affine layer's output.
+
+    Args:
+        piece: The region's module.
+        tail: Its tail.
+        value: Target (samples, ...) before activations.
+    """
+    for node in reversed(tail.undo):
+        order = _permutation(piece, node)
+        if order is not None:
+            value = value.permute(*torch.argsort(torch.tensor(order)).tolist())
+        elif _is_scale(node):
+            source = next(source for source in node.all_input_nodes if source.op == "get_attr")
+            scale = _attribute(piece, str(source.target)).detach()
+            value = value / torch.where(scale.abs() < 1e-12, torch.ones_like(scale), scale)
+    return value
+
+
+def _attribute(piece: fx.GraphModule, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    value = getattr(piece.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def describe(piece: fx.GraphModule, node: fx.Node) -> str:
+    """A node in a reader's words: its layer's path and type, or its function's name."""
+    module = get_module(piece, node)
+    if module is not None:
+        return f"{node.target} ({type(module).__name__})"
+    return str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

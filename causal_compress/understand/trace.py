@@ -1,0 +1,245 @@
+"""From an nn.Module to a chain: the torch.fx graph, its cut points (dominators of the output), and the regions between.
+
+A region starts with the first layer that has weights after a cut point and takes along what follows without changing
+shape (batch norm, activation); pooling and flattening open the next region. So a site is a block's or a layer's output
+after its activation.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from causal_compress.errors import TraceError
+from causal_compress.results import Chain, RegionInfo, Skip
+from causal_compress.understand.cost import count_macs
+from causal_compress.understand.graph import common_name, extract, get_module, make_pure
+
+logger = logging.getLogger(__name__)
+
+HEAVY = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+_MOST_LEAVES = 50
+
+
+@dataclass(frozen=True)
+class Region:
+    """The sub-graph between two neighbouring cut points; `module` maps the one's activation to the other's."""
+
+    info: RegionInfo
+    module: fx.GraphModule
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced network: the whole graph, and the same as a chain of regions that share its parameters.
+
+    `sites` names the graph's node at the end of each region.
+    """
+
+    graph: fx.GraphModule
+    regions: tuple[Region, ...]
+    sites: tuple[str, ...]
+    untraced: tuple[Skip, ...]
+    example_input: Tensor
+
+    def chain(self) -> Chain:
+        """The chain without torch: names, shapes, costs, and what could not be traced."""
+        return Chain(regions=tuple(region.info for region in self.regions), untraced=self.untraced)
+
+
+class _LeafTracer(fx.Tracer):
+    """A tracer that treats named modules as leaves and remembers in which module tracing failed."""
+
+    def __init__(self, leaves: set[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+
+def trace(model: nn.Module, example_input: Tensor) -> Network:
+    """Trace a classifier and find its chain.
+
+    Args:
+        model: Any nn.Module of one input tensor and one output tensor (samples, classes); left unchanged.
+        example_input: At least two real inputs, batch dimension first.
+
+    Returns:
+        A network in evaluation mode without in-place operations. What fx can't follow stays one opaque region.
+
+    Raises:
+        TraceError: the model can't be run on the example, or does not return one logits tensor.
+    """
+    model = copy.deepcopy(model).eval()
+    check_runs(model, example_input)
+    graph, untraced = _trace_with_leaves(model)
+    graph.graph.eliminate_dead_code()
+    make_pure(graph)
+    return analyse(graph, example_input, untraced)
+
+
+def check_runs(model: nn.Module, example_input: Tensor) -> None:
+    """Refuse a model that fails on the example or returns something else than finite logits."""
+    try:
+        with torch.no_grad():
+            output = model(example_input)
+    except Exception as error:
+        raise TraceError(
+            "the model can't be run on the data",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
+            wanted=f"a forward pass on inputs of shape {tuple(example_input.shape[1:])}",
+            remedy="check model.args (input channels, image size) and the data section",
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(example_input):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise TraceError(
+            "the model's output is not one logits tensor",
+            found=str(shape),
+            wanted=f"shape ({len(example_input)}, classes)",
+            remedy="wrap the model so that forward(x) returns the logits only",
+        )
+
+
+def _trace_with_leaves(model: nn.Module) -> tuple[fx.GraphModule, tuple[Skip, ...]]:
+    leaves: set[str] = set()
+    skips: list[Skip] = []
+    for _ in range(_MOST_LEAVES):
+        tracer = _LeafTracer(leaves)
+        try:
+            return fx.GraphModule(model, tracer.trace(model)), tuple(skips)
+        except Exception as error:
+            reason = f"torch.fx can't follow it ({type(error).__name__}: {str(error).splitlines()[0][:120]}); left whole"
+            if tracer.failed is None or tracer.failed in leaves:
+                skips.append(Skip(what="the whole model", reason=reason))
+                break
+            leaves.add(tracer.failed)
+            skips.append(Skip(what=tracer.failed, reason=reason))
+    whole = nn.Module()
+    whole.add_module("model", model)
+    graph = fx.Graph()
+    graph.output(graph.call_module("model", (graph.placeholder("x"),)))
+    return fx.GraphModule(whole, graph), tuple(skips)
+
+
+def analyse(graph: fx.GraphModule, example_input: Tensor, untraced: tuple[Skip, ...] = ()) -> Network:
+    """Find the chain of a graph that is traced already.
+
+    Args:
+        graph: Of one input and one output; shared, not copied.
+        example_input: At least two inputs.
+        untraced: Carried along into the result.
+    """
+    with torch.no_grad():
+        ShapeProp(graph).propagate(example_input)
+    cuts = _cut_points(graph, len(example_input))
+    boundaries = _coarsen(graph, cuts)
+    regions: list[Region] = []
+    activation = example_input
+    for entry, exit_ in zip(boundaries, boundaries[1:], strict=False):
+        module = extract(graph, entry, exit_)
+        with torch.no_grad():
+            output = module(activation)
+        regions.append(Region(_describe(len(regions), module, activation, output, regions), module))
+        activation = output
+    return Network(graph, tuple(regions), tuple(node.name for node in boundaries[1:]), untraced, example_input)
+
+
+def _cut_points(graph: fx.GraphModule, batch: int) -> list[fx.Node]:
+    """Dominators of the output that hold one float tensor with the batch first, from the input to the logits."""
+    nodes = list(graph.graph.nodes)
+    source = next(node for node in nodes if node.op == "placeholder")
+    logits = next(node for node in nodes if node.op == "output").args[0]
+    digraph = nx.DiGraph([(used, node) for node in nodes for used in node.all_input_nodes])
+    dominators = nx.immediate_dominators(digraph, source)
+    cuts = [logits]
+    while cuts[-1] is not source:
+        cuts.append(dominators[cuts[-1]])
+    return [node for node in reversed(cuts) if node is source or node is logits or _is_activation(node, batch)]
+
+
+def _is_activation(node: fx.Node, batch: int) -> bool:
+    meta = node.meta.get("tensor_meta")
+    return (
+        hasattr(meta, "shape")
+        and hasattr(meta, "dtype")
+        and meta.dtype.is_floating_point
+        and len(meta.shape) > 1
+        and meta.shape[0] == batch
+    )
+
+
+def _coarsen(graph: fx.GraphModule, cuts: list[fx.Node]) -> list[fx.Node]:
+    """Keep the cut points before which the next layer with weights, or a change of shape, begins."""
+    kept = [cuts[0]]
+    heavy_inside = False
+    for before, after in zip(cuts, cuts[1:], strict=False):
+        piece = extract(graph, before, after)
+        heavy = any(isinstance(get_module(piece, node), HEAVY) for node in piece.graph.nodes) or _is_opaque(piece)
+        same_shape = _shape(before) == _shape(after)
+        if heavy_inside and (heavy or not same_shape):
+            kept.append(before)
+            heavy_inside = False
+        heavy_inside = heavy_inside or heavy
+    if not heavy_inside and len(kept) > 1:
+        kept.pop()
+    return [*kept, cuts[-1]]
+
+
+def _is_opaque(piece: fx.GraphModule) -> bool:
+    """Whether the piece has weights that are not in a layer we know: untraced modules, bare parameters."""
+    known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+    modules = [module for node in piece.graph.nodes if (module := get_module(piece, node)) is not None]
+    return any(list(module.parameters()) and not isinstance(module, known) for module in modules)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["tensor_meta"].shape[1:])
+
+
+def _describe(index: int, module: fx.GraphModule, x: Tensor, y: Tensor, earlier: list[Region]) -> RegionInfo:
+    modules = tuple(dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "call_module"))
+    weighted = [name for name in modules if next(module.get_submodule(name).parameters(), None) is not None]
+    heavy = [name for name in modules if isinstance(module.get_submodule(name), HEAVY)]
+    name = common_name(heavy or weighted, f"region{index}")
+    if any(region.info.name == name for region in earlier):
+        name = f"{name}#{index}"
+    return RegionInfo(
+        index=index,
+        name=name,
+        modules=modules,
+        input_shape=tuple(x.shape[1:]),
+        output_shape=tuple(y.shape[1:]),
+        macs=count_macs(module, x[:1]),
+        params=sum(parameter.numel() for parameter in module.parameters()),
+    )
+
+
+def site_activations(network: Network, x: Tensor) -> list[Tensor]:
+    """The activation at every site, in chain order; the last is the logits.
+
+    Args:
+        network: Traced network.
+        x: Inputs (samples, ...).
+    """
+    activations = []
+    for region in network.regions:
+        x = region.module(x)
+        activations.append(x)
+    return activations

@@ -1,0 +1,301 @@
+import csv
+import dataclasses
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from causal_compress.deploy.benchmark import Deployed, Pair, benchmark, count_agreement, deployed, time_interleaved
+from causal_compress.deploy.memory import peak_memory
+from causal_compress.deploy.onnx import export
+from causal_compress.deploy.scorecard import measured_notes, scorecard_csv, scorecard_markdown, verdict
+from causal_compress.errors import DataError
+from causal_compress.recipe import BenchmarkSection, BudgetSection, ExportSection
+from causal_compress.results import Scorecard, ScoreRow
+
+
+class Split:
+    def __init__(self, n: int, size: int = 8) -> None:
+        self.x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+        self.labels = torch.arange(n) % 4
+        self.reads = 0
+
+    def batches(self, batch_size, *, limit=None):
+        self.reads += 1
+        n = len(self.x) if limit is None else min(limit, len(self.x))
+        for start in range(0, n, batch_size):
+            stop = min(n, start + batch_size)
+            yield self.x[start:stop], self.labels[start:stop]
+
+
+class Data:
+    def __init__(self) -> None:
+        self.validation = Split(20)
+        self.example_input = self.validation.x[:2]
+
+
+def network(channels: int) -> nn.Module:
+    torch.manual_seed(channels)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)
+    ).eval()
+
+
+class Fixed:
+    """A runtime that takes so long and answers so."""
+
+    def __init__(self, answers=(), seconds: float = 0.0, calls=None, name="") -> None:
+        self.answers, self.seconds, self.calls, self.name = np.asarray(answers), seconds, calls, name
+        self.seen = 0
+
+    def run(self, x):
+        if self.calls is not None:
+            self.calls.append(self.name)
+        time.sleep(self.seconds)
+        rows = self.answers[self.seen : self.seen + len(x)]
+        self.seen += len(x)
+        return np.eye(4, dtype=np.float32)[rows] if len(rows) else np.zeros((len(x), 4), np.float32)
+
+    def describe(self):
+        return self.name
+
+
+def row(model, **changes) -> ScoreRow:
+    plain = {
+        "model": model,
+        "runtime": "torch",
+        "precision": "fp32",
+        "batch": 1,
+        "threads": 1,
+        "accuracy_pct": 90.0,
+        "n": 1000,
+        "drop_pp": 0.0,
+        "drop_ci_pp": (0.0, 0.0),
+        "params": 1000,
+        "macs": 10000,
+        "size_bytes": 4000,
+        "latency_ms_p50": 1.0,
+        "latency_ms_p95": 1.0,
+        "latency_ms_p99": 1.0,
+        "throughput_per_s": 1000.0,
+        "peak_memory_bytes": 10**6,
+        "speedup": 1.0,
+        "speedup_ci": (1.0, 1.0),
+        "rounds": 100,
+    }
+    return ScoreRow(**{**plain, **changes})
+
+
+def student(**changes) -> ScoreRow:
+    half = {"params": 500, "macs": 5000, "speedup": 1.9, "speedup_ci": (1.8, 2.0)}
+    return row("student", **{**half, **changes})
+
+
+# ---- counting and timing
+
+
+def test_agreement_by_hand():
+    test = Split(6)  # labels 0 1 2 3 0 1
+    pair = Pair("torch", 1, Fixed([0, 1, 2, 3, 1, 1]), Fixed([0, 0, 0, 3, 0, 1]))
+    answers = count_agreement(pair, test)
+    assert dataclasses.astuple(answers) == (6, 5, 4, 2, 1)
+
+
+def test_calls_alternate_and_the_order_flips():
+    calls: list[str] = []
+    pair = Pair("torch", 1, Fixed(calls=calls, name="t"), Fixed(calls=calls, name="s"))
+    teacher, learner = time_interleaved(pair, np.zeros((1, 3), np.float32), repeats=12, seconds=5)
+    assert len(teacher) == len(learner) == 12
+    assert "".join(calls[-24:]) == "tsst" * 6
+
+
+def test_time_limit_reduces_rounds_but_not_below_ten():
+    pair = Pair("torch", 1, Fixed(seconds=0.003), Fixed(seconds=0.001))
+    teacher, learner = time_interleaved(pair, np.zeros((1, 3), np.float32), repeats=1000, seconds=0.001)
+    assert len(teacher) == 10
+    assert np.median(teacher) > np.median(learner) >= 1.0  # milliseconds
+
+
+def test_memory_rises_with_weights_and_activations(tmp_path):
+    data = Data()
+    big = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4096, 1024))
+    export(big, network(2), data, ExportSection(inputs=8), tmp_path)
+    for runtime, kind in (("onnxruntime", "onnx"), ("torch", "pt2")):
+        large = peak_memory(runtime, tmp_path / f"model.{kind}", (3, 8, 8), (1, 4096), threads=1)
+        small = peak_memory(runtime, tmp_path / f"teacher.{kind}", (3, 8, 8), (1,), threads=1)
+        assert large[1] - small[1] > 12e6, runtime  # 16 MB of weights more
+        assert large[4096] - large[1] > 50e6, runtime  # 67 MB of the convolution's activations
+
+
+def test_memory_of_a_failed_process_is_none(tmp_path):
+    assert peak_memory("onnxruntime", tmp_path / "absent.onnx", (3,), (1,), threads=1) is None
+
+
+# ---- the stage
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    teacher, learner = network(16), network(4)
+    exported = export(learner, teacher, Data(), ExportSection(inputs=8), folder)
+    test = Split(50)
+    section = BenchmarkSection(batches=[1, 64], repeats=12, seconds=0.2)
+    threads = torch.get_num_threads()
+    card = benchmark(*deployed(exported, folder, teacher, learner), test, section, BudgetSection(macs=0.3))
+    assert torch.get_num_threads() == threads
+    return folder, teacher, learner, test, card
+
+
+def test_rows_cover_models_runtimes_and_batches(measured):
+    _, _, _, _, card = measured
+    keys = [(row.runtime, row.batch, row.model) for row in card.rows]
+    assert keys == [
+        (runtime, batch, model)
+        for runtime in ("torch", "onnxruntime")
+        for batch in (1, 64)
+        for model in ("teacher", "student")
+    ]
+    for row in card.rows:
+        assert 0 < row.latency_ms_p50 <= row.latency_ms_p95 <= row.latency_ms_p99
+        assert row.rounds >= 10
+        assert row.n == 50
+        assert row.peak_memory_bytes is not None
+
+
+def test_facts_of_the_rows(measured):
+    folder, teacher, learner, test, card = measured
+    assert {row.macs for row in card.rows if row.model == "student"} == {36 * 4 * 27 + 4 * 4}
+    assert {row.params for row in card.rows if row.model == "teacher"} == {16 * 28 + 4 * 17}
+    for row in card.rows:
+        stem = "model" if row.model == "student" else "teacher"
+        kind = "pt2" if row.runtime == "torch" else "onnx"
+        assert row.size_bytes == (folder / f"{stem}.{kind}").stat().st_size
+        model = teacher if row.model == "teacher" else learner
+        with torch.no_grad():
+            right = (model(test.x).argmax(1) == test.labels).sum().item()
+        assert row.accuracy_pct == pytest.approx(100 * right / 50)
+    both = [row for row in card.rows if row.batch == 1 and row.runtime == "torch"]
+    assert both[1].drop_pp == pytest.approx(both[0].accuracy_pct - both[1].accuracy_pct)
+    assert both[0].speedup_ci == (1.0, 1.0)
+
+
+def test_scorecard_survives_json_and_judges(measured):
+    card = measured[-1]
+    assert card.verdict == "PASS"  # 0.25 of the MACs
+    adapter = TypeAdapter(Scorecard)
+    assert adapter.validate_json(adapter.dump_json(card)) == card
+    assert len(card.runtimes) == 2
+
+
+def test_empty_test_split_is_refused(tmp_path):
+    nowhere = Deployed(model=network(2), onnx=tmp_path / "m.onnx", pt2=tmp_path / "m.pt2")
+    with pytest.raises(DataError, match="test split is empty"):
+        benchmark(nowhere, nowhere, Split(0), BenchmarkSection(), BudgetSection())
+
+
+# ---- the verdict
+
+
+def test_no_budget_passes():
+    assert verdict([row("teacher"), student()], BudgetSection()) == ("PASS", ("no budget was set",))
+
+
+@pytest.mark.parametrize(
+    ("interval", "limit", "expected"),
+    [
+        ((0.1, 0.9), 1.0, "PASS"),
+        ((0.1, 1.0), 1.0, "PASS"),
+        ((0.1, 1.1), 1.0, "INCONCLUSIVE"),
+        ((1.0, 2.0), 1.0, "INCONCLUSIVE"),
+        ((1.1, 2.0), 1.0, "FAIL"),
+        ((-0.5, 0.4), 0.0, "INCONCLUSIVE"),
+    ],
+)
+def test_drop_is_judged_by_its_interval(interval, limit, expected):
+    rows = [row("teacher"), student(drop_pp=sum(interval) / 2, drop_ci_pp=interval)]
+    outcome, reasons = verdict(rows, BudgetSection(max_accuracy_drop=limit))
+    assert outcome == expected
+    assert "95 % interval" in reasons[0]
+    assert "n = 1,000" in reasons[0]
+
+
+def test_worst_runtime_counts():
+    good = student(drop_pp=0.1, drop_ci_pp=(0.0, 0.2))
+    bad = student(runtime="onnxruntime", drop_pp=5.0, drop_ci_pp=(4.0, 6.0))
+    rows = [row("teacher"), good, row("teacher", runtime="onnxruntime"), bad]
+    outcome, reasons = verdict(rows, BudgetSection(max_accuracy_drop=1))
+    assert outcome == "FAIL"
+    assert "on onnxruntime" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "limit", "expected"), [("macs", 0.5, "PASS"), ("macs", 0.49, "FAIL"), ("params", 0.4, "FAIL")]
+)
+def test_costs_are_judged(key, limit, expected):
+    outcome, reasons = verdict([row("teacher"), student()], BudgetSection(**{key: limit}))
+    assert outcome == expected
+    assert "0.5000" in reasons[0]
+
+
+def test_missed_cost_outweighs_an_inconclusive_drop():
+    rows = [row("teacher"), student(drop_pp=1, drop_ci_pp=(0, 2))]
+    outcome, reasons = verdict(rows, BudgetSection(macs=0.4, max_accuracy_drop=1))
+    assert outcome == "FAIL"
+    assert len(reasons) == 2
+
+
+# ---- notes and forms
+
+
+def test_speed_within_noise_is_said():
+    (note, shortfall) = measured_notes([row("teacher"), student(speedup=1.04, speedup_ci=(0.98, 1.1))])
+    assert "no difference in latency" in note
+    assert "MACs fell 2.0x, latency 1.04x" in shortfall
+
+
+def test_slower_student_is_said():
+    assert "slower" in measured_notes([row("teacher"), student(speedup=0.8, speedup_ci=(0.7, 0.9))])[0]
+
+
+def test_honest_speedup_needs_no_note():
+    assert measured_notes([row("teacher"), student()]) == ()
+
+
+def test_disagreeing_runtimes_are_said():
+    rows = [
+        row("teacher"),
+        student(),
+        row("teacher", runtime="onnxruntime"),
+        student(runtime="onnxruntime", accuracy_pct=80),
+    ]
+    (note,) = measured_notes(rows)
+    assert "disagree on the student" in note
+
+
+def test_unmeasured_memory_is_said():
+    assert "peak memory" in measured_notes([row("teacher"), student(peak_memory_bytes=None)])[0]
+
+
+def card(rows) -> Scorecard:
+    return Scorecard(verdict="PASS", reasons=("because",), notes=("beware",), rows=tuple(rows), runtimes=("torch 2",))
+
+
+def test_csv_reads_back():
+    rows = list(csv.DictReader(io.StringIO(scorecard_csv(card([row("teacher"), student(drop_ci_pp=(-1.5, 2.5))])))))
+    assert [line["model"] for line in rows] == ["teacher", "student"]
+    assert (rows[1]["drop_ci_pp_low"], rows[1]["drop_ci_pp_high"], rows[1]["macs"]) == ("-1.5", "2.5", "5000")
+    assert scorecard_csv(card([])).startswith("model,")
+
+
+def test_markdown_is_a_table_with_verdict_and_notes():
+    text = scorecard_markdown(card([row("teacher"), student(peak_memory_bytes=None)]))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
+    for part in ("**PASS**", "- because", "beware", "1.90x [1.80, 2.00]", "torch 2"):
+        assert part in text

@@ -1,0 +1,402 @@
+"""Distillation on networks so small that a run takes a moment, with stand-ins for the data."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from causal_compress.errors import DataError, NumericalError, RunFolderError, TraceError
+from causal_compress.recipe import DistillSection
+from causal_compress.recover import checkpoint, training
+from causal_compress.recover.distill import distill
+from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
+from causal_compress.recover.networks import answer, fold_batch_norms, observed
+from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
+
+CLASSES, SIZE = 3, 8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split whose rows are tensors in memory."""
+
+    x: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self, batch_size: int, *, limit: int | None = None, shuffle_seed: int | None = None, augment: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self))
+        if shuffle_seed is not None:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))
+        for chosen in order[:limit].split(batch_size):
+            yield self.x[chosen], self.labels[chosen]
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.mix = nn.Conv2d(width, 4, 1)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mix(F.relu(self.bn(self.conv(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+BOUNDARY = (("relu_1", "relu_1"),)
+
+
+def network(width: int, seed: int) -> fx.GraphModule:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        net = Net(width)
+        nn.init.uniform_(net.bn.weight, 0.5, 1.5)
+        nn.init.uniform_(net.bn.running_mean, -0.2, 0.2)
+        nn.init.uniform_(net.bn.running_var, 0.5, 1.5)
+        net.mix.weight.mul_(3.0)
+        net.head.weight.mul_(3.0)
+    return fx.symbolic_trace(net.eval())
+
+
+def rows(count: int, teacher: nn.Module, seed: int) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 2, SIZE, SIZE, generator=generator) + 2.0 * torch.randn(count, 2, 1, 1, generator=generator)
+    with torch.no_grad():
+        return Rows(x, teacher(x).argmax(1))
+
+
+def data(teacher: nn.Module) -> Any:
+    features = SimpleNamespace(
+        kind="image", names=(), columns=(), zero=torch.zeros(2, 1, 1), mean=torch.full((2, 1, 1), 0.1)
+    )
+    train = rows(128, teacher, 1)
+    return SimpleNamespace(
+        train=train,
+        validation=rows(64, teacher, 2),
+        features=features,
+        kind="image",
+        input_shape=(2, SIZE, SIZE),
+        example_input=train.x[:2],
+        fingerprint="rows 1 and 2",
+    )
+
+
+def section(**changes: Any) -> DistillSection:
+    return DistillSection(**{"epochs": 3, "batch_size": 32, "precision": "fp32", **changes})
+
+
+def run(student: nn.Module, teacher: nn.Module, settings: DistillSection, **changes: Any) -> Any:
+    boundaries = changes.pop("boundaries", BOUNDARY)
+    source = changes.pop("data", None) or data(teacher)
+    usual = {"seed": 0, "device": "cpu", "progress_dir": None}
+    return distill(student, teacher, boundaries, source, settings, **{**usual, **changes})
+
+
+def divergence(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return kd_loss(student(x), teacher(x), 1.0).item()
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def teacher() -> fx.GraphModule:
+    return network(12, 0)
+
+
+@pytest.fixture
+def student() -> fx.GraphModule:
+    return network(6, 1)
+
+
+def test_student_approaches_the_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    source = data(teacher)
+    trained, result = run(student, teacher, section(epochs=8), data=source)
+    assert result.epochs[-1].loss < 0.7 * result.epochs[0].loss
+    assert divergence(trained, teacher, source.validation.x) < 0.5 * divergence(student, teacher, source.validation.x)
+    assert [epoch.epoch for epoch in result.epochs] == list(range(1, 9))
+    assert result.epochs[-1].learning_rate < 0.05 * section().learning_rate
+    assert (result.validation.n, result.precision, result.averaged, result.processes) == (64, "fp32", True, 1)
+    assert result.images_per_second > 0
+
+
+def test_nothing_passed_in_is_changed(student: nn.Module, teacher: nn.Module) -> None:
+    source = data(teacher)
+    teacher.train()
+    before = copy.deepcopy((student.state_dict(), teacher.state_dict(), student.graph.python_code("self").src))
+    random_state = torch.random.get_rng_state()
+    trained, _ = run(student, teacher, section(epochs=1), data=source)
+    assert same(before[0], student.state_dict())
+    assert same(before[1], teacher.state_dict())
+    assert student.graph.python_code("self").src == before[2]
+    assert teacher.training
+    assert not student.training
+    assert not trained.training
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in [*student.parameters(), *teacher.parameters()])
+    assert isinstance(trained(torch.randn(2, 2, SIZE, SIZE)), Tensor)
+
+
+def test_no_epochs_give_an_equal_copy(student: nn.Module, teacher: nn.Module) -> None:
+    trained, result = run(student, teacher, section(epochs=0))
+    assert trained is not student
+    assert same(trained.state_dict(), student.state_dict())
+    assert (result.epochs, result.averaged, result.images_per_second) == ((), False, 0.0)
+    assert result.validation.n == 64
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_resumed_run_equals_an_uninterrupted_one(
+    student: nn.Module, teacher: nn.Module, tmp_path: Path, ema: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = section(epochs=4, ema=ema)
+    whole, told = run(student, teacher, settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", interrupting_after(2, checkpoint.save))
+        with pytest.raises(KeyboardInterrupt):
+            run(student, teacher, settings, progress_dir=tmp_path / "stage")
+    resumed, told_again = run(student, teacher, settings, progress_dir=tmp_path / "stage")
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert [epoch.loss for epoch in told.epochs] == [epoch.loss for epoch in told_again.epochs]
+    assert list((tmp_path / "stage").iterdir()) == [tmp_path / "stage" / checkpoint.FILE_NAME]
+
+
+def interrupting_after(epochs: int, save: Any) -> Any:
+    def save_then_stop(folder: Path, stamp: str, state: dict[str, Any]) -> None:
+        save(folder, stamp, state)
+        if len(state["history"]) == epochs:
+            raise KeyboardInterrupt
+
+    return save_then_stop
+
+
+def test_finished_run_is_not_trained_again(
+    student: nn.Module, teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("trained again"))
+    again, _ = run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+    assert same(first.state_dict(), again.state_dict())
+
+
+def test_progress_of_another_run_is_passed_over(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
+    run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+    for changes in ({"seed": 1}, {"settings": section(epochs=1, learning_rate=0.01)}):
+        settings = changes.pop("settings", section(epochs=1))
+        anew, _ = run(student, teacher, settings, **changes)
+        beside, _ = run(student, teacher, settings, progress_dir=tmp_path, **changes)
+        assert same(anew.state_dict(), beside.state_dict())
+
+
+def test_damaged_progress_is_refused(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
+    run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+    path = tmp_path / checkpoint.FILE_NAME
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(RunFolderError, match="delete"):
+        run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+
+
+def test_nan_stops_before_the_step(student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = data(teacher)
+    source.train.x[5] = float("nan")
+    seen: list[dict[str, Tensor]] = []
+    prepare = training.prepare
+
+    def remember(course: Any, watched: nn.Module) -> Any:
+        learner = prepare(course, watched)
+        optimizer = learner.optimizer.optimizer
+        optimizer.register_step_post_hook(lambda *_: seen.append(copy.deepcopy(learner.student.state_dict())))
+        return learner
+
+    monkeypatch.setattr("causal_compress.recover.distill.prepare", remember)
+    with pytest.raises(NumericalError, match=r"distill.*epoch 1, step \d+ of 4") as caught:
+        run(student, teacher, section(epochs=1), data=source)
+    assert "distill.learning_rate" in caught.value.remedy
+    assert all(weights["conv.weight"].isfinite().all() for weights in seen)
+
+
+def test_boundaries_are_part_of_the_loss(student: nn.Module, teacher: nn.Module) -> None:
+    source = data(teacher)
+    _, without = run(student, teacher, section(epochs=1), boundaries=())
+    pulled, with_one = run(student, teacher, section(epochs=6, boundary_weight=20.0))
+    free, _ = run(student, teacher, section(epochs=6), boundaries=())
+    assert with_one.epochs[0].loss > without.epochs[0].loss + 1.0
+
+    def distance(net: nn.Module) -> float:
+        watched = [observed(each, ["relu_1"], role="student").eval() for each in (net, teacher)]
+        return boundary_loss(*(answer(each, source.validation.x)[1] for each in watched)).item()
+
+    assert distance(pulled) < distance(free)
+
+
+@pytest.mark.parametrize(("share", "changed"), [(0.0, 0), (0.25, 8), (0.5, 16)])
+def test_share_of_each_batch_is_intervened_and_has_no_label(
+    student: nn.Module, teacher: nn.Module, share: float, changed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = data(teacher)
+    seen: list[Any] = []
+    loss = training._loss
+
+    def remember(course: Any, learner: Any, batch: Any, step: int) -> Tensor:
+        seen.append(batch)
+        return loss(course, learner, batch, step)
+
+    monkeypatch.setattr(training, "_loss", remember)
+    run(student, teacher, section(epochs=1, intervened_share=share), data=source)
+    whole = {tuple(row.flatten().tolist()) for row in source.train.x}
+    for batch in seen:
+        untouched = torch.tensor([tuple(row.flatten().tolist()) in whole for row in batch.x])
+        assert int((~untouched).sum()) == changed
+        assert torch.equal(untouched, batch.counted)
+
+
+def test_averaged_weights_differ_from_the_last_ones(student: nn.Module, teacher: nn.Module) -> None:
+    averaged, told = run(student, teacher, section(ema=0.9))
+    last, told_last = run(student, teacher, section(ema=0.0))
+    assert (told.averaged, told_last.averaged) == (True, False)
+    assert [epoch.loss for epoch in told.epochs] == [epoch.loss for epoch in told_last.epochs]
+    assert not torch.allclose(averaged.conv.weight, last.conv.weight, atol=1e-5)
+    assert not torch.allclose(averaged.bn.running_mean, last.bn.running_mean, atol=1e-5)
+    assert averaged.bn.num_batches_tracked == last.bn.num_batches_tracked == 12
+
+
+def test_norms_and_biases_do_not_decay(student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        training, "_loss", lambda _, learner, *__: 0.0 * sum(p.sum() for p in learner.student.parameters())
+    )
+    trained, _ = run(student, teacher, section(epochs=1, weight_decay=0.5, ema=0.0))
+    assert (trained.conv.weight.abs() < student.conv.weight.abs()).all()
+    assert torch.equal(trained.bn.weight, student.bn.weight)
+    assert torch.equal(trained.head.bias, student.head.bias)
+
+
+def test_bf16_is_used_when_asked_for(student: nn.Module, teacher: nn.Module) -> None:
+    trained, result = run(student, teacher, section(epochs=2, precision="bf16"))
+    assert result.precision == "bf16"
+    assert result.epochs[1].loss < result.epochs[0].loss
+    assert trained.conv.weight.dtype == torch.float32
+
+
+def test_untraced_networks_learn_without_boundaries(teacher: nn.Module) -> None:
+    torch.manual_seed(3)
+    plain = Net(6)
+    trained, result = run(plain, Net(12).eval(), section(epochs=3), boundaries=(), data=data(teacher))
+    assert isinstance(trained, Net)
+    assert trained.training
+    assert result.epochs[-1].loss < result.epochs[0].loss
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "message"),
+    [((("nowhere", "relu_1"),), "student has no graph nodes nowhere"), ((("relu", "relu"),), "differ in shape")],
+)
+def test_wrong_boundaries_are_refused(
+    student: nn.Module, teacher: nn.Module, boundaries: tuple[tuple[str, str], ...], message: str
+) -> None:
+    with pytest.raises(TraceError, match=message):
+        run(student, teacher, section(), boundaries=boundaries)
+
+
+def test_batches_of_one_are_refused(student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(DataError, match="too small"):
+        run(student, teacher, section(batch_size=1))
+
+
+def test_folded_batch_norms_compute_the_same(teacher: fx.GraphModule) -> None:
+    x = torch.randn(5, 2, SIZE, SIZE)
+    folded = fold_batch_norms(observed(teacher, ["bn", "relu_1"], role="teacher").eval())
+    wanted, inside = answer(observed(teacher, ["bn", "relu_1"], role="teacher").eval(), x)
+    logits, folded_inside = answer(folded, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(folded_inside, inside)
+
+
+def test_layer_that_is_called_twice_is_not_folded() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.bn(self.conv(x)))
+
+    net = Twice().eval()
+    nn.init.uniform_(net.bn.running_mean)
+    x = torch.randn(2, 2, 3, 3)
+    torch.testing.assert_close(fold_batch_norms(fx.symbolic_trace(net))(x), net(x))
+
+
+def test_losses_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    wanted = torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
+    expected = (0.9 * torch.tensor(1.8).log() + 0.1 * torch.tensor(0.2).log()) / 2
+    torch.testing.assert_close(kd_loss(logits, wanted, 1.0), expected)
+    torch.testing.assert_close(kd_loss(logits, 2.0 * wanted, 2.0), 4.0 * expected)
+    counted = torch.tensor([True, False])
+    torch.testing.assert_close(label_loss(wanted, torch.tensor([1, 0]), counted), -torch.tensor(0.1).log())
+    assert label_loss(wanted, torch.tensor([1, 0]), torch.tensor([False, False])) == 0.0
+    activations = torch.tensor([[2.0, 0.0]])
+    torch.testing.assert_close(boundary_loss([activations, 2 * activations], [activations] * 2), torch.tensor(0.5))
+
+
+def test_one_cycle() -> None:
+    rates = [learning_rate_at(step, 100, 0.1) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert all(left >= right for left, right in itertools.pairwise(rates[5:]))
+    assert 0.0 < rates[-1] < 1e-3
+    assert learning_rate_at(0, 1, 0.1) == pytest.approx(0.1)
+    assert [boundary_share_at(step, 30) for step in (0, 5, 10, 29)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert decay_at(0, 0.999) == pytest.approx(0.1)
+    assert decay_at(10**6, 0.999) == 0.999
+
+
+LAUNCHED = """
+import sys, torch
+from test_distill import BOUNDARY, data, network, section
+from causal_compress.recover.distill import distill
+teacher = network(12, 0)
+trained, result = distill(
+    network(6, 1), teacher, BOUNDARY, data(teacher), section(epochs=2), seed=0, device="cpu", progress_dir=None
+)
+from accelerate import PartialState
+state = PartialState()
+assert result.processes == 2, result.processes
+torch.save(trained.state_dict(), f"{sys.argv[1]}/{state.process_index}.pt")
+"""
+
+
+def test_two_processes_train_one_student(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in (0, 1))
+    weights = [name for name in first if "running" not in name]
+    assert all(torch.equal(first[name], second[name]) for name in weights)
+    alone, _ = run(student, teacher, section(epochs=2))
+    torch.testing.assert_close(first["head.weight"], alone.state_dict()["head.weight"], atol=0.05, rtol=0.0)
