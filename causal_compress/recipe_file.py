@@ -40,9 +40,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe dumper that quotes what either version of YAML would not read as text."""
+    """Safe dumper that quotes what either version of YAML would not read as the same text."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Control characters stand quoted: PyYAML writes some of them plainly and reads them as spaces."""
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _name, _pattern, _first in _PLAIN_SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)

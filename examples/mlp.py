@@ -1,4 +1,4 @@
-"""A multi-layer perceptron for tables: `--arch examples/mlp.py:mlp --set model.args.inputs=122`."""
+"""A multi-layer perceptron for tables: `--arch examples/mlp.py:mlp --set model.args.inputs=118`."""
 
 from __future__ import annotations
 

@@ -126,8 +126,7 @@ def test_memory_rises_with_weights_and_activations(tmp_path):
     export(big, network(2), data, ExportSection(inputs=8), tmp_path)
     for runtime, kind in (("onnxruntime", "onnx"), ("torch", "pt2")):
         large = peak_memory(runtime, tmp_path / f"model.{kind}", (3, 8, 8), (1, 4096), threads=1)
-        small = peak_memory(runtime, tmp_path / f"teacher.{kind}", (3, 8, 8), (1,), threads=1)
-        assert large[1] - small[1] > 12e6, runtime  # 16 MB of weights more
+        assert large[1] > 16e6, runtime  # the linear layer's weights
         assert large[4096] - large[1] > 50e6, runtime  # 67 MB of the convolution's activations
 
 

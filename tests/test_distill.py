@@ -1,7 +1,6 @@
 """Distillation on networks so small that a run takes a moment, with stand-ins for the data."""
 
 import copy
-import itertools
 import os
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from causal_compress.errors import DataError, NumericalError, RunFolderError, Tr
 from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint, training
 from causal_compress.recover.distill import distill
-from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
-from causal_compress.recover.networks import answer, fold_batch_norms, observed
-from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
+from causal_compress.recover.losses import boundary_loss, kd_loss
+from causal_compress.recover.networks import answer, observed
 
 CLASSES, SIZE = 3, 8
 
@@ -269,6 +267,34 @@ def test_share_of_each_batch_is_intervened_and_has_no_label(
         assert torch.equal(untouched, batch.counted)
 
 
+def test_every_epoch_and_seed_has_its_own_batches(
+    student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    loss = training._loss
+
+    def remember(course: Any, learner: Any, batch: Any, step: int) -> Tensor:
+        seen.append(batch.x)
+        return loss(course, learner, batch, step)
+
+    monkeypatch.setattr(training, "_loss", remember)
+    for seed in (0, 0, 1):
+        run(student, teacher, section(epochs=2), seed=seed)
+    first, second, again, *_ = (torch.cat(seen[start : start + 4]) for start in range(0, len(seen), 4))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, torch.cat(seen[16:20]))
+
+
+def test_dropout_depends_on_the_seed_alone(student: nn.Module, teacher: nn.Module) -> None:
+    dropping = nn.Sequential(student, nn.Dropout(0.5)).eval()
+    runs = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        runs.append(run(dropping, teacher, section(epochs=2), boundaries=())[0].state_dict())
+    assert same(*runs)
+
+
 def test_averaged_weights_differ_from_the_last_ones(student: nn.Module, teacher: nn.Module) -> None:
     averaged, told = run(student, teacher, section(ema=0.9))
     last, told_last = run(student, teacher, section(ema=0.0))
@@ -319,55 +345,6 @@ def test_wrong_boundaries_are_refused(
 def test_batches_of_one_are_refused(student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(DataError, match="too small"):
         run(student, teacher, section(batch_size=1))
-
-
-def test_folded_batch_norms_compute_the_same(teacher: fx.GraphModule) -> None:
-    x = torch.randn(5, 2, SIZE, SIZE)
-    folded = fold_batch_norms(observed(teacher, ["bn", "relu_1"], role="teacher").eval())
-    wanted, inside = answer(observed(teacher, ["bn", "relu_1"], role="teacher").eval(), x)
-    logits, folded_inside = answer(folded, x)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    torch.testing.assert_close(logits, wanted)
-    torch.testing.assert_close(folded_inside, inside)
-
-
-def test_layer_that_is_called_twice_is_not_folded() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(self.bn(self.conv(x)))
-
-    net = Twice().eval()
-    nn.init.uniform_(net.bn.running_mean)
-    x = torch.randn(2, 2, 3, 3)
-    torch.testing.assert_close(fold_batch_norms(fx.symbolic_trace(net))(x), net(x))
-
-
-def test_losses_by_hand() -> None:
-    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
-    wanted = torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
-    expected = (0.9 * torch.tensor(1.8).log() + 0.1 * torch.tensor(0.2).log()) / 2
-    torch.testing.assert_close(kd_loss(logits, wanted, 1.0), expected)
-    torch.testing.assert_close(kd_loss(logits, 2.0 * wanted, 2.0), 4.0 * expected)
-    counted = torch.tensor([True, False])
-    torch.testing.assert_close(label_loss(wanted, torch.tensor([1, 0]), counted), -torch.tensor(0.1).log())
-    assert label_loss(wanted, torch.tensor([1, 0]), torch.tensor([False, False])) == 0.0
-    activations = torch.tensor([[2.0, 0.0]])
-    torch.testing.assert_close(boundary_loss([activations, 2 * activations], [activations] * 2), torch.tensor(0.5))
-
-
-def test_one_cycle() -> None:
-    rates = [learning_rate_at(step, 100, 0.1) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-    assert all(left >= right for left, right in itertools.pairwise(rates[5:]))
-    assert 0.0 < rates[-1] < 1e-3
-    assert learning_rate_at(0, 1, 0.1) == pytest.approx(0.1)
-    assert [boundary_share_at(step, 30) for step in (0, 5, 10, 29)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
-    assert decay_at(0, 0.999) == pytest.approx(0.1)
-    assert decay_at(10**6, 0.999) == 0.999
 
 
 LAUNCHED = """

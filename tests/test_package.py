@@ -226,6 +226,7 @@ def with_library(records):
         with_library,
         in_graph(b"torch.ops.aten.relu.default", b"torch.os.system"),
         in_graph(b"Symbol('s", b"__import__('os').getpid() + Symbol('s"),
+        in_graph(b'"as_none": true', b'"as_operator": "torch.os.system"'),
         in_graph(b'"name": "relu"', b'"name": "relu=print(1)"'),
         in_graph(b'\\"context\\": \\"[]\\"', b'\\"context\\": \\"[\\\\\\"a=1\\\\\\"]\\"'),
     ],

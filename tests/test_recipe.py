@@ -43,7 +43,9 @@ def test_a_file_with_comments_only_gives_the_defaults(tmp_path: Path) -> None:
 
 
 def test_values_arrive(tmp_path: Path) -> None:
-    recipe = load_recipe(written(tmp_path, "seed: 7\nplan: {max_span: 2}\nexport:\n  max_abs_diff: 1e-4\ndistill: null\n"))
+    recipe = load_recipe(
+        written(tmp_path, "seed: 7\nplan: {max_span: 2}\nexport: {max_abs_diff: 1e-4}\ndistill: null\n")
+    )
     assert (recipe.seed, recipe.plan.max_span, recipe.export.max_abs_diff, recipe.distill) == (7, 2, 1e-4, None)
 
 
@@ -68,7 +70,7 @@ def test_house_examples_of_messages(tmp_path: Path) -> None:
     text = "plan:\n  max_los_rise: 3\n  max_spam: 3\n  widths:\n    - 0.5\n    - 30\n"
     message = fault(tmp_path, text)
     assert f"{tmp_path}/recipe.yaml:3: unknown key 'plan.max_spam'. Did you mean 'max_span'?" in message
-    assert f"{tmp_path}/recipe.yaml:6: plan.widths[1] must be a number in (0, 1], got 30. For 30 % write 0.30." in message
+    assert "recipe.yaml:6: plan.widths[1] must be a number in (0, 1], got 30. For 30 % write 0.30." in message
     assert "recipe.yaml:2: unknown key 'plan.max_los_rise'" in message
     assert message.startswith("3 faults")
 
@@ -76,7 +78,10 @@ def test_house_examples_of_messages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("distill:\n  precision: fp31\n", "2: distill.precision must be one of 'auto', 'fp32', 'bf16', got 'fp31'. Did you"),
+        (
+            "distill:\n  precision: fp31\n",
+            "2: distill.precision must be one of 'auto', 'fp32', 'bf16', got 'fp31'. Did",
+        ),
         ("intervene:\n  fraction: 1\n", "2: intervene.fraction must be a number in (0, 1), got 1."),
         ("intervene: {grid: true}\n", "1: intervene.grid must be a whole number > 0, got true."),
         ("distill:\n  epochs: '3'\n", "2: distill.epochs must be a whole number >= 0, got '3'. Remove the quotes."),
@@ -85,13 +90,19 @@ def test_house_examples_of_messages(tmp_path: Path) -> None:
         ("plan: 3\n", "1: plan must be a mapping, got 3."),
         ("prune: null\n", "1: prune must be a mapping, got nothing (null)."),
         ("benchmark: {batches: []}\n", "1: benchmark.batches must be a non-empty list"),
-        ("data: {target_groups: {a: 3}}\n", "1: data.target_groups.a must be a list (each text or a whole number) or '*'"),
+        (
+            "data: {target_groups: {a: 3}}\n",
+            "1: data.target_groups.a must be a list (each text or a whole number) or",
+        ),
         ("seed: .inf\n", "1: seed must be a whole number >= 0, got inf."),
         ("plan: {temperature: .nan}\n", "1: plan.temperature must be a number > 0, got nan."),
         ("device: gpu\n", "1: device must be auto, cpu, cuda or cuda:N, got 'gpu'."),
         ("seed: 1\n\nseed: 2\n", "3: the key 'seed' is there twice, first on line 1."),
         ("plan:\n  depth: true\n  depth: false\n", "3: the key 'plan.depth' is there twice"),
-        ("model:\n  args: !!python/object:os.system {}\n", "2: model.args has the YAML tag '!!python/object:os.system'"),
+        (
+            "model:\n  args: !!python/object:os.system {}\n",
+            "2: model.args has the YAML tag '!!python/object",
+        ),
         ("!!python/object/apply:os.system [id]\n", "1: the recipe has the YAML tag"),
         ("seed: !!int abc\n", "1: seed can't be read as int: abc"),
         ("plan:\n\tdepth: true\n", "2: not valid YAML: found character '\\t'"),
@@ -101,7 +112,7 @@ def test_house_examples_of_messages(tmp_path: Path) -> None:
         ("seed: 1\n---\nseed: 2\n", "2: not valid YAML"),
         ("plan: &p {depth: true}\ngroup: *p\n", "2: the alias '*p' is not allowed"),
         ("? [1, 2]\n: 3\n", "1: a key must be plain text."),
-        ("[" * 5000, "recipe.yaml:1: "),
+        ("[" * 900 + "]" * 900, "recipe.yaml:1: nested too deeply."),
         (b"seed: \x00\n", "not valid YAML"),
         (b"report: {title: \xe9}\n", "is not UTF-8 text"),
     ],
@@ -137,8 +148,11 @@ def test_a_file_that_can_t_be_read(tmp_path: Path, missing: str) -> None:
         ("=3", "wanted section.key=value"),
         ("plan..depth=1", "wanted section.key=value"),
         ("seed=", "--set seed=: seed must be a whole number >= 0, got nothing (null)."),
-        ("budget.macs=55", "--set budget.macs=55: budget.macs must be a number in (0, 1] or null, got 55. For 55 % write"),
-        ("seed.x.y=1", "unknown"),
+        (
+            "budget.macs=55",
+            "--set budget.macs=55: budget.macs must be a number in (0, 1] or null, got 55. For 55 %",
+        ),
+        ("seed.x.y=1", "seed must be a whole number"),
         ("plan.max_spam=1", "--set plan.max_spam=1: unknown key 'plan.max_spam'. Did you mean 'max_span'?"),
         ("data.normalize.mean=[0.4", "--set data.normalize.mean=[0.4: not valid YAML"),
         ("export.opset=!!python/name:os.system x", "has the YAML tag '!!python/name:os.system'"),
@@ -146,8 +160,7 @@ def test_a_file_that_can_t_be_read(tmp_path: Path, missing: str) -> None:
     ],
 )
 def test_a_fault_in_an_override_names_the_override(override: str, wanted: str) -> None:
-    message = override_fault(override)
-    assert wanted in message or (wanted == "unknown" and "seed must be a whole number" in message)
+    assert wanted in override_fault(override)
 
 
 def test_an_override_can_t_enter_a_value(tmp_path: Path) -> None:
@@ -174,7 +187,9 @@ plain_values = st.recursive(
 @settings(deadline=None, max_examples=60)
 @given(
     args=st.dictionaries(st.text(), plain_values, max_size=4),
-    source=st.none() | st.text() | st.sampled_from(["1e-3", "no", "null", "12", "~", "0x1", "1_000", ".5", "2024-01-01"]),
+    source=st.none()
+    | st.text()
+    | st.sampled_from(["1e-3", "no", "null", "12", "~", "0x1", "1_000", ".5", "2024-01-01"]),
     target=st.none() | st.text() | st.integers(),
     seed=st.integers(min_value=0),
     share=st.floats(min_value=0, max_value=1, exclude_min=True),
@@ -201,6 +216,7 @@ def test_the_hash_follows_the_meaning(tmp_path: Path) -> None:
 
 
 def test_reading_a_recipe_loads_neither_torch_nor_pandas() -> None:
-    code = "import sys, causal_compress.recipe_file as f; f.load_recipe(None); print({'torch', 'pandas'} & set(sys.modules))"
+    code = "import sys, causal_compress.recipe_file as f; f.load_recipe(None); "
+    code += "print({'torch', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

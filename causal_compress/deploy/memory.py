@@ -72,8 +72,7 @@ def _import(name: str) -> None:
     if name == "torch":
         # What `load` imports on its way counts as the runtime, not as the model.
         import torch._dynamo
-        import torch.export.pt2_archive
-        import torch.fx.experimental.symbolic_shapes
+        import torch.export.pt2_archive  # noqa: F401
 
         import causal_compress.deploy.package  # noqa: F401
     else:

@@ -98,7 +98,8 @@ def _items(
         shape = (size, size, channels)
     elif shape is None:
         try:
-            width, height = open_image(0).size
+            with open_image(0) as first:
+                width, height = first.size
         except (OSError, SyntaxError) as error:
             raise DataError(f"the image {name(0)} can't be decoded", found=str(error), remedy="replace it.") from error
         shape = (height, width, channels)

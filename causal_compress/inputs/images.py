@@ -68,7 +68,8 @@ class ImageItems:
     def _decode(self, index: int) -> NDArray[np.uint8]:
         height, width, channels = self.shape
         try:
-            image = self.open(index).convert("L" if channels == 1 else "RGB")
+            with self.open(index) as opened:
+                image = opened.convert("L" if channels == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError on broken PNG headers
             raise DataError(
                 f"the image {self.name(index)} can't be decoded", found=str(error), remedy="replace or remove the file."

@@ -101,7 +101,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
             remedy="check --data (data.source); the path is relative to the folder in which the command runs.",
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         # a lone .npy array has no .files (AttributeError) and is no context manager (TypeError)

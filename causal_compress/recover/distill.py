@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from causal_compress.inputs.data import Data
 from torch import nn
 
 from causal_compress.errors import DataError, TraceError
+from causal_compress.inputs.data import Data
 from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
@@ -48,7 +48,8 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
         data: Trains on `train`; `validation` is watched, never chosen by.
         section: Epochs, rates and weights of the losses.
         seed: Of shuffling, augmentation, interventions and dropout.
-        device: As torch names it; several processes started by `accelerate launch` take the devices given to them.
+        device: As torch names it; several processes, started by `accelerate launch` (`torchrun` where there are only
+            CPUs), take the devices given to them.
         progress_dir: Where each epoch's end is kept; a run that was cut off goes on from there. None: nowhere.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,15 +50,31 @@ def boundary_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
 
     Args:
         student: One activation per boundary, at least one.
-        teacher: The same shapes, same order.
+        teacher: The same shapes and precisions, same order; constants, no gradient goes there.
 
     Returns:
         Unitless scalar; 0 where all agree, 1 where the student answers zero.
     """
-    return torch.stack([_relative_error(ours, wanted) for ours, wanted in zip(student, teacher, strict=True)]).mean()
+    errors = [_RelativeError.apply(ours, wanted) for ours, wanted in zip(student, teacher, strict=True)]
+    return torch.stack(errors).mean()
 
 
-def _relative_error(ours: Tensor, wanted: Tensor) -> Tensor:
-    # Summed in float32: bf16 has 8 bits, too few to add up a feature map.
-    wanted = wanted.float()
-    return F.mse_loss(ours.float(), wanted) / wanted.square().mean().clamp(min=_SMALLEST_MOMENT)
+class _RelativeError(torch.autograd.Function):
+    """|ours - wanted|^2 / |wanted|^2 with its gradient by hand.
+
+    The same written with mse_loss makes float32 copies of every feature map, forth and back, and takes a third of a
+    training step; this takes a fifth of that. Sums are float32 whatever the activations are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, wanted: Tensor) -> Tensor:
+        difference = ours - wanted
+        moment = torch.linalg.vector_norm(wanted, dtype=torch.float32).square().clamp(min=_SMALLEST_MOMENT)
+        ctx.save_for_backward(difference, moment)
+        error: Tensor = torch.linalg.vector_norm(difference, dtype=torch.float32).square() / moment
+        return error
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        difference, moment = ctx.saved_tensors
+        return difference * (2.0 * upstream / moment).to(difference.dtype), None

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from causal_compress.inputs.data import Data
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from causal_compress.errors import NumericalError
+from causal_compress.inputs.data import Data
 from causal_compress.progress import progress
 from causal_compress.recipe import DistillSection, InterveneSection
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss

@@ -84,7 +84,7 @@ def dependencies_of(graph: fx.GraphModule, example_input: Tensor) -> Any:
 
     with torch.enable_grad(), _quiet():
         return tp.DependencyGraph().build_dependency(
-            graph, example_inputs=example_input[:1], ignored_layers=[], customized_pruners={}, ignored_params=[], verbose=False
+            graph, example_inputs=(example_input[:1],), ignored_layers=[], customized_pruners={}, ignored_params=[], verbose=False
         )
 
 

@@ -54,10 +54,17 @@ PATH_PENALTY = 1e-3
 
 @dataclass(frozen=True)
 class Probe:
-    """Chunks of plain and intervened inputs, in alternation."""
+    """Chunks of calibration inputs.
+
+    Attributes:
+        fit: Plain and intervened inputs in alternation, for the candidates' normal equations.
+        heldout: The same from other inputs, on which harm is read; never fitted on.
+        surgery: All plain inputs that are not held out, for the refits of the surgery itself.
+    """
 
     fit: list[Tensor]
     heldout: list[Tensor]
+    surgery: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,15 +87,18 @@ def draw_probe(split: Split, features: Features, section: PlanSection, intervene
         seed: Of the masks.
     """
     generator = torch.Generator().manual_seed(seed)
-    chunks: list[Tensor] = []
-    for x, _ in split.batches(CHUNK, limit=section.inputs + section.heldout):
+    plain = [x for x, _ in split.batches(CHUNK)]
+    held = max(1, min(len(plain) // 3, -(-section.heldout // CHUNK)))
+    fitted = max(1, min(len(plain) - held, -(-section.inputs // CHUNK)))
+
+    def mixed(x: Tensor) -> Tensor:
         changed = intervened(
             x, features, grid=intervene.grid, fraction=intervene.fraction, baselines=intervene.baselines, generator=generator
         )
         every_second = (torch.arange(len(x)) % 2 == 1).reshape(-1, *[1] * (x.ndim - 1))
-        chunks.append(torch.where(every_second, changed, x))
-    held = max(1, round(len(chunks) * section.heldout / (section.inputs + section.heldout)))
-    return Probe(chunks[:-held] or chunks, chunks[-held:])
+        return torch.where(every_second, changed, x)
+
+    return Probe([mixed(x) for x in plain[held:][:fitted]], [mixed(x) for x in plain[:held]], plain[held:] or plain)
 
 
 def find_widths(network: Network, section: PlanSection) -> Widths:

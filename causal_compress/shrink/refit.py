@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from causal_compress.errors import NumericalError
 
-ROWS = 65536
+ROWS = 16384
 
 
 @dataclass
@@ -41,12 +41,13 @@ class NormalEquations:
     def add(self, z: Tensor, t: Tensor) -> None:
         """Add rows: z (rows, features), t (rows, targets); products are formed in float32 over bounded chunks."""
         for zs, ts in zip(z.split(ROWS), t.split(ROWS), strict=True):
+            ones = torch.ones(1, len(zs))
             self.rows += len(zs)
-            self.sum_z += zs.sum(0, dtype=torch.float64)
-            self.sum_t += ts.sum(0, dtype=torch.float64)
+            self.sum_z += (ones @ zs)[0]
+            self.sum_t += (ones @ ts)[0]
             self.zz += zs.T @ zs
             self.zt += zs.T @ ts
-            self.tt += ts.square().sum(0, dtype=torch.float64)
+            self.tt += (ones @ ts.square())[0]
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         total = NormalEquations(self.features, self.targets, self.rows + other.rows)
@@ -124,7 +125,8 @@ def ridge(equations: NormalEquations, penalty: float, prior: Tensor | None = Non
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    solved = torch.cholesky_solve(right, factor) if int(info) == 0 else torch.linalg.lstsq(matrix, right).solution
+    by_factor = int(info) == 0 or not torch.isfinite(matrix).all()  # lstsq dies of NaN before it can be reported
+    solved = torch.cholesky_solve(right, factor) if by_factor else torch.linalg.lstsq(matrix, right).solution
     if not torch.isfinite(solved).all():
         raise NumericalError(
             "a closed-form refit gave NaN or infinity",
@@ -233,30 +235,40 @@ class _State:
         self.inverse[:, columns] = 0.0
 
 
-def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """The feature rows that an affine layer sees.
+def sample_rows(layer: nn.Module, x: Tensor, y: Tensor, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Matching rows of an affine layer's inputs and outputs, a random choice of positions where there are too many.
 
     Args:
         layer: Conv2d (ungrouped) or Linear.
         x: Its input (samples, channels, height, width) or (samples, ..., features).
+        y: Its output, or what it shall become.
+        most: Largest number of rows.
+        seed: Of the choice.
 
     Returns:
-        (rows, features), features ordered as in the flattened weight: channel first, then kernel position.
+        (rows, features) and (rows, targets); features are ordered as in the flattened weight: channel, then kernel position.
     """
     if isinstance(layer, nn.Conv2d):
-        if layer.kernel_size == (1, 1) and layer.padding == (0, 0):
-            x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
-            return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return x.reshape(-1, x.shape[-1])
+        windows, targets = _windows(layer, x), y.permute(0, 2, 3, 1)
+    else:
+        windows, targets = x.reshape(-1, 1, 1, x.shape[-1]), y.reshape(-1, 1, 1, y.shape[-1])
+    count = targets.shape[:3].numel()
+    if count <= most:
+        return windows.reshape(count, -1), targets.reshape(count, -1)
+    chosen = torch.randint(count, (most,), generator=torch.Generator().manual_seed(seed))
+    sample, rest = chosen // targets.shape[1:3].numel(), chosen % targets.shape[1:3].numel()
+    row, column = rest // targets.shape[2], rest % targets.shape[2]
+    return windows[sample, row, column].flatten(1), targets[sample, row, column]
 
 
-def target_rows(layer: nn.Module, y: Tensor) -> Tensor:
-    """The outputs of an affine layer as rows (rows, targets), in the order of `rows_of`."""
-    if isinstance(layer, nn.Conv2d):
-        return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
-    return y.reshape(-1, y.shape[-1])
+def _windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A view of the patches that a convolution reads (samples, height, width, channels, kernel height, kernel width)."""
+    vertical, horizontal = (int(size) for size in layer.padding)
+    padded = F.pad(x, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x
+    for axis in (0, 1):
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        padded = padded.unfold(2 + axis, reach, layer.stride[axis])
+    return padded[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
 
 
 def weight_matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:

@@ -15,16 +15,16 @@ from causal_compress.shrink.refit import (
     Solution,
     effective_affine,
     fit,
-    rows_of,
+    sample_rows,
     surgeon_path,
-    target_rows,
     write_affine,
 )
 from causal_compress.understand.graph import fetch, observer
 from causal_compress.understand.tail import BATCH_NORMS, Tail, undo
 
 HELD_OUT_EVERY = 4
-MOST_ROWS = 400_000
+ROWS_PER_FEATURE = 200
+FEWEST_ROWS = 50_000
 MOST_FEATURES = 4800
 EXACT_FEATURES = 2400
 
@@ -109,12 +109,9 @@ def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: 
         chunks: How many there are.
     """
     sums: dict[bool, NormalEquations] = {}
+    most = rows_wanted(layer) // chunks
     for index, (features, outputs) in enumerate(rows):
-        z, t = rows_of(layer, features), target_rows(layer, outputs)
-        most = max(MOST_ROWS // chunks, 1024)
-        if len(z) > most:
-            chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(index))[:most]
-            z, t = z[chosen], t[chosen]
+        z, t = sample_rows(layer, features, outputs, most, index)
         held = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 if chunks >= HELD_OUT_EVERY else index == chunks - 1
         if held not in sums:
             sums[held] = NormalEquations(z.shape[1], t.shape[1])
@@ -122,6 +119,12 @@ def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: 
     train = sums.get(False, sums.get(True))
     assert train is not None
     return Fitted(train, sums.get(True, train))
+
+
+def rows_wanted(layer: nn.Module) -> int:
+    """How many rows make the normal equations of a layer: more positions of the same images add little."""
+    features = layer.weight[0].numel()  # type: ignore[index, operator]
+    return max(FEWEST_ROWS, ROWS_PER_FEATURE * int(features))
 
 
 def feature_columns(layer: nn.Module, reader: Reader | None, channels: int, features: int) -> Tensor:

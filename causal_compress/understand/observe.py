@@ -16,7 +16,7 @@ from torch import Tensor
 from causal_compress.inputs.data import Split
 from causal_compress.recipe import InterveneSection
 from causal_compress.understand.effect import units
-from causal_compress.understand.similarity import HsicSums, centred_gram
+from causal_compress.understand.similarity import HsicSums, gram_matrix
 from causal_compress.understand.trace import Network
 
 LEAST_ROWS = 8  # a batch smaller than this says nothing about similarity
@@ -66,7 +66,7 @@ def observe_sites(
         with clock.measure("forward"):
             x = region.module(x)
         with clock.measure("analysis"):
-            grams.append(centred_gram(x, region.info.name))
+            grams.append(gram_matrix(x, region.info.name))
             site_units.append(units(x))
     return torch.stack(grams), site_units
 

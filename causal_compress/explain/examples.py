@@ -1,0 +1,69 @@
+"""Inputs on which teacher and student part, ready to be shown to people."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from causal_compress.explain.report import Disagreement, _config
+from causal_compress.inputs.data import Data
+
+
+@dataclass(frozen=True, kw_only=True, config=_config)
+class Examples:
+    """Some validation inputs on which the two part, how many there are, and of how many."""
+
+    disagreements: tuple[Disagreement, ...]
+    disagreed: int
+    inputs: int
+
+
+def find_disagreements(teacher: nn.Module, student: nn.Module, data: Data, *, most: int) -> Examples:
+    """Run both networks over the validation split and pick the inputs to which they give different answers.
+
+    Args:
+        teacher, student: Classifiers in evaluation mode.
+        data: Its validation split is read; the test split is not.
+        most: How many are kept to be shown, the first ones.
+    """
+    answers = []
+    with torch.no_grad():
+        for x, _ in data.validation.batches(250):
+            answers.append(torch.stack([teacher(x).argmax(1), student(x).argmax(1)], 1))
+    both = torch.cat(answers)
+    parted = torch.nonzero(both[:, 0] != both[:, 1])[:, 0]
+    shown = [_disagreement(data, int(index), both[index]) for index in parted[:most]]
+    return Examples(disagreements=tuple(shown), disagreed=len(parted), inputs=len(both))
+
+
+def _disagreement(data: Data, index: int, answers: torch.Tensor) -> Disagreement:
+    names = data.classes
+    is_image = data.kind == "image"
+    return Disagreement(
+        index=index,
+        true_class=names[int(data.validation.labels[index])],
+        teacher_class=names[int(answers[0])],
+        student_class=names[int(answers[1])],
+        image_png=_png(data, index) if is_image else None,
+        row=None if is_image else _row(data, index),
+    )
+
+
+def _png(data: Data, index: int) -> bytes:
+    from PIL import Image
+
+    pixels = data.validation.show([index])[0]
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    scale = max(1, 64 // max(image.size))
+    target = io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(target, "PNG")
+    return target.getvalue()
+
+
+def _row(data: Data, index: int) -> str:
+    values = data.validation.show([index])[0]
+    names = data.features.names
+    return ", ".join(f"{name} = {value:g}" for name, value in zip(names, values, strict=False))

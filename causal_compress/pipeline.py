@@ -1,0 +1,449 @@
+"""The whole story, from a checkpoint to a verified small model, in straight lines.
+
+Every stage writes its result into the run folder before the next one starts, and weights are always read back from there, so a
+run that was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from causal_compress.deploy.benchmark import benchmark, deployed
+from causal_compress.deploy.onnx import export
+from causal_compress.deploy.package import load
+from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown
+from causal_compress.errors import TeacherError, TraceError, UsageError
+from causal_compress.explain.examples import Examples, find_disagreements
+from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
+from causal_compress.files import atomic_write_text
+from causal_compress.inputs.data import Data, Split, load_data
+from causal_compress.inputs.models import build_model, checkpoint_sha256
+from causal_compress.recipe import BenchmarkSection, Recipe
+from causal_compress.recipe_file import load_recipe
+from causal_compress.recover.distill import distill
+from causal_compress.results import (
+    Accuracy,
+    Candidates,
+    Change,
+    Distilled,
+    Effects,
+    Exported,
+    Groups,
+    Log,
+    Plan,
+    Scorecard,
+    Skip,
+    Surgery,
+    TeacherScore,
+)
+from causal_compress.runs import Run, open_run, read_provenance, read_result
+from causal_compress.shrink.front import Front, open_front
+from causal_compress.shrink.measure import Probe, draw_probe, measure, output_metrics
+from causal_compress.shrink.plan import make_plan
+from causal_compress.shrink.prune import prune
+from causal_compress.shrink.rewrite import rewrite
+from causal_compress.shrink.surgery import Student, replay as replay_surgery
+from causal_compress.understand.cost import count_macs, count_params
+from causal_compress.understand.group import group
+from causal_compress.understand.intervene import intervene
+from causal_compress.understand.statistics import wilson
+from causal_compress.understand.trace import Network, trace
+
+WEIGHTS = "student.safetensors"
+SURGERY = "surgery.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
+
+    scorecard: Scorecard
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Understood:
+    """All that is known before anything is touched."""
+
+    data: Data
+    network: Network
+    teacher: TeacherScore
+    effects: Effects
+    groups: Groups
+    candidates: Candidates
+    plan: Plan
+    probe: Probe
+
+
+def compress(
+    recipe: Recipe, run_dir: Path, *, command: Sequence[str] = (), reuse: Path | None = None, force: bool = False
+) -> Outcome:
+    """Compress a checkpoint: understand, shrink, recover, deploy, explain.
+
+    Args:
+        recipe: What is asked for.
+        run_dir: Where everything is written; resumed if it holds an unfinished run of the same recipe.
+        command: The command line, for run.json.
+        reuse: Another run whose analysis is taken over where it is the same.
+        force: Go on with a teacher near chance.
+
+    Raises:
+        CausalCompressError: whatever the user has to mend; what was finished by then stays in the folder.
+    """
+    with open_run(run_dir, recipe, command=command, reuse=reuse) as run, numerics(recipe):
+        known = understand(run, recipe, force=force)
+        rewritten, student = shrink_depth(run, recipe, known)
+        pruned, student = shrink_width(run, recipe, known, student)
+        distilled, student = recover(run, recipe, known, student)
+        exported = deploy(run, recipe, known, student)
+        scorecard = score(run, recipe, known, student, exported)
+        examples = look_at_examples(run, recipe, known, student)
+        report(run, recipe, known, (rewritten, pruned, distilled, exported, scorecard, examples))
+        return Outcome(scorecard, run.folder)
+
+
+def analyze(
+    recipe: Recipe, run_dir: Path, *, command: Sequence[str] = (), reuse: Path | None = None, force: bool = False
+) -> Plan:
+    """Dry run: what would merge and narrow, with predicted MACs, parameters and harm; nothing is trained or written but that.
+
+    Args:
+        recipe: What is asked for.
+        run_dir: Where the analysis is written; `compress` on the same folder goes on from it.
+        command: The command line, for run.json.
+        reuse: Another run whose analysis is taken over where it is the same.
+        force: Go on with a teacher near chance.
+    """
+    with open_run(run_dir, recipe, command=command, reuse=reuse) as run, numerics(recipe):
+        return understand(run, recipe, force=force).plan
+
+
+@contextmanager
+def numerics(recipe: Recipe) -> Iterator[None]:
+    """Threads and seed for the time of a run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    torch.manual_seed(recipe.seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def understand(run: Run, recipe: Recipe, *, force: bool) -> Understood:
+    """Everything up to the plan."""
+    if recipe.model.arch is None or recipe.data.source is None:
+        raise UsageError("nothing to compress", found="no model.arch or no data.source", remedy="give --arch and --data")
+    data = load_data(recipe.data, seed=recipe.seed)
+    network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
+    run.note_inputs(checkpoint_sha256=checkpoint_sha256(recipe.model), data_sha256=data.fingerprint)
+    inputs = {"weights": weights_sha256(network.graph), "data": data.fingerprint, "seed": recipe.seed}
+
+    teacher = run.stage("teacher", TeacherScore, lambda _: score_teacher(network, data), depends=inputs)
+    refuse_near_chance(teacher, recipe, force=force)
+    effects = run.stage(
+        "intervene",
+        Effects,
+        lambda _: intervene(network, data.calibration, data.features, recipe.intervene, seed=recipe.seed),
+        depends={**inputs, "intervene": recipe.intervene},
+    )
+    groups = run.stage(
+        "group",
+        Groups,
+        lambda _: group(effects, recipe.group, seed=recipe.seed),
+        depends={"intervene": run.key_of("intervene"), "group": recipe.group},
+    )
+    probe = draw_probe(data.calibration, data.features, recipe.plan, recipe.intervene, recipe.seed)
+    candidates = run.stage(
+        "candidates",
+        Candidates,
+        lambda _: measure(network, probe, effects, recipe.plan),
+        depends={"intervene": run.key_of("intervene"), "plan": recipe.plan},
+    )
+    plan = run.stage(
+        "plan",
+        Plan,
+        lambda _: make_plan(candidates, effects, groups, recipe.budget),
+        depends={"candidates": run.key_of("candidates"), "group": run.key_of("group"), "budget": recipe.budget},
+    )
+    return Understood(data, network, teacher, effects, groups, candidates, plan, probe)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Fingerprint of all parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode())
+    return digest.hexdigest()
+
+
+def accuracy(model: nn.Module, split: Split) -> Accuracy:
+    """Accuracy of a model on a split, with a Wilson interval."""
+    with torch.no_grad():
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in split.batches(250))
+    return wilson(correct, len(split))
+
+
+def score_teacher(network: Network, data: Data) -> TeacherScore:
+    """Measure the teacher on the validation split, before anything else."""
+    example = data.example_input
+    logits = network.regions[-1].info.output_shape[-1]
+    if logits != len(data.classes):
+        raise TraceError(
+            "the model and the data have different numbers of classes",
+            found=f"{logits} logits, {len(data.classes)} classes in the data",
+            wanted="one logit per class",
+            remedy="set model.args (num_classes) or data.target_groups so that they agree",
+        )
+    labels = data.validation.labels
+    chance = float(torch.bincount(labels).max()) / len(labels) * 100
+    return TeacherScore(
+        accuracy=accuracy(network.graph, data.validation),
+        chance_pct=chance,
+        macs=count_macs(network.graph, example[:1]),
+        params=count_params(network.graph),
+        size_bytes=sum(value.numel() * value.element_size() for value in network.graph.state_dict().values()),
+        classes=len(data.classes),
+    )
+
+
+def refuse_near_chance(teacher: TeacherScore, recipe: Recipe, *, force: bool) -> None:
+    """Stop at a teacher that is hardly better than always guessing the commonest class."""
+    least = teacher.chance_pct + 0.1 * (100 - teacher.chance_pct)
+    if teacher.accuracy.pct >= least or force:
+        return
+    normalize = recipe.data.normalize
+    raise TeacherError(
+        "the teacher is near chance: wrong preprocessing?",
+        found=f"{teacher.accuracy.pct:.1f} % on {teacher.accuracy.n} validation inputs; the commonest class gives {teacher.chance_pct:.1f} %",
+        wanted=f"at least {least:.1f} %",
+        remedy=f"check data.normalize (now mean {normalize.mean}, std {normalize.std}), data.image_size, the order of the classes, "
+        "and that model.weights is set; --force goes on all the same",
+    )
+
+
+def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Student]:
+    """Merge: one refitted representative per causal node."""
+
+    def work(scratch: Path) -> Log:
+        front = front_of(recipe, known)
+        student, changes, skips = rewrite(known.network, known.plan, front, recipe.rewrite)
+        return write_log(scratch, "rewrite", student, known, (changes, skips), front.harm_kl)
+
+    log = run.stage("rewrite", Log, work, depends={"plan": run.key_of("plan"), "rewrite": recipe.rewrite})
+    return log, read_student(run, known, log.surgery, "rewrite.safetensors")
+
+
+def shrink_width(run: Run, recipe: Recipe, known: Understood, student: Student) -> tuple[Log, Student]:
+    """Narrow: channels removed, readers refitted."""
+
+    def work(scratch: Path) -> Log:
+        front = front_of(recipe, known)
+        metrics = output_metrics(known.network, known.probe.heldout)
+        narrowed, changes, skips = prune(student, known.plan, front, metrics, recipe.prune)
+        return write_log(scratch, "prune", narrowed, known, (changes, skips), front.harm_kl)
+
+    log = run.stage("prune", Log, work, depends={"rewrite": run.key_of("rewrite"), "prune": recipe.prune})
+    return log, read_student(run, known, log.surgery, "prune.safetensors")
+
+
+def front_of(recipe: Recipe, known: Understood) -> Front:
+    """A fresh front at the input, on the probe's inputs."""
+    inputs = known.probe.surgery[: max(1, -(-recipe.rewrite.inputs // len(known.probe.surgery[0])))]
+    return open_front(known.network, inputs, known.probe.heldout, recipe.plan.temperature)
+
+
+def write_log(
+    scratch: Path, stage: str, student: Student, known: Understood, ledger: tuple[Sequence[Change], Sequence[Skip]], harm: float
+) -> Log:
+    """Write the student's weights and describe what was done to it."""
+    save_weights(student.graph, scratch / f"{stage}.safetensors")
+    return Log(
+        stage=stage,
+        surgery=student.surgery,
+        changes=tuple(ledger[0]),
+        skipped=tuple(ledger[1]),
+        heldout_kl=harm,
+        validation=accuracy(student.graph, known.data.validation),
+        macs=count_macs(student.graph, known.data.example_input[:1]),
+        params=count_params(student.graph),
+    )
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a state dict as safetensors."""
+    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, path)
+
+
+def read_student(run: Run, known: Understood, surgery: Surgery, weights: str) -> Student:
+    """The student as it lies in the run folder."""
+    return replay_surgery(known.network, surgery, load_file(run.folder / weights))
+
+
+def recover(run: Run, recipe: Recipe, known: Understood, student: Student) -> tuple[Distilled | None, Student]:
+    """Distil, where the recipe asks for it."""
+    section = recipe.distill
+    if section is None:
+        return None, student
+
+    def work(scratch: Path) -> Distilled:
+        trained, distilled = distill(
+            student.graph,
+            known.network.graph,
+            boundaries(student, known),
+            known.data,
+            section,
+            seed=recipe.seed,
+            device=resolve_device(recipe.device),
+            progress_dir=run.progress("distill"),
+        )
+        save_weights(trained.cpu(), scratch / "distill.safetensors")
+        return distilled
+
+    depends = {"prune": run.key_of("prune"), "distill": section, "augment": recipe.data.augment}
+    distilled = run.stage("distill", Distilled, work, depends=depends)
+    return distilled, read_student(run, known, student.surgery, "distill.safetensors")
+
+
+def boundaries(student: Student, known: Understood) -> list[tuple[str, str]]:
+    """Cut points that student and teacher share in full width: pairs of graph nodes."""
+    pairs = zip(student.sites, student.ends, known.plan.decisions, strict=True)
+    return [(site, known.network.sites[end]) for site, end, decision in pairs if decision.outputs_kept == 1.0][:-1]
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes the first CUDA device where there is one, else the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def deploy(run: Run, recipe: Recipe, known: Understood, student: Student) -> Exported:
+    """Export and check parity; leave the student's weights and surgery for further training."""
+    before = "prune" if recipe.distill is None else "distill"
+
+    def work(scratch: Path) -> Exported:
+        save_weights(student.graph, scratch / WEIGHTS)
+        return export(student.graph, known.network.graph, known.data, recipe.export, scratch)
+
+    exported = run.stage("export", Exported, work, depends={before: run.key_of(before), "export": recipe.export})
+    run.write_json(SURGERY, {"schema": 1, "input_shape": known.data.input_shape, "surgery": student.surgery})
+    return exported
+
+
+def score(run: Run, recipe: Recipe, known: Understood, student: Student, exported: Exported) -> Scorecard:
+    """Benchmark teacher and student; the only place where the test split is read."""
+    section = recipe.benchmark
+    if section is None:
+        reasons = ("the benchmark was skipped (benchmark: null), so nothing was measured",)
+        scorecard = Scorecard(verdict="INCONCLUSIVE", reasons=reasons, notes=(), rows=())
+    else:
+        models = deployed(exported, run.folder, known.network.graph, student.graph)
+        scorecard = run.stage(
+            "benchmark",
+            Scorecard,
+            lambda _: benchmark(*models, known.data.test, section, recipe.budget),
+            depends={"export": run.key_of("export"), "benchmark": section, "budget": recipe.budget},
+        )
+    run.write_json("scorecard.json", scorecard)
+    run.write_text("scorecard.csv", scorecard_csv(scorecard))
+    run.write_text("scorecard.md", scorecard_markdown(scorecard))
+    return scorecard
+
+
+def look_at_examples(run: Run, recipe: Recipe, known: Understood, student: Student) -> Examples:
+    """Validation inputs on which teacher and student part."""
+    return run.stage(
+        "examples",
+        Examples,
+        lambda _: find_disagreements(known.network.graph, student.graph, known.data, most=recipe.report.examples),
+        depends={"export": run.key_of("export"), "report": recipe.report},
+    )
+
+
+Told = tuple[Log, Log, Distilled | None, Exported, Scorecard, Examples]
+
+
+def report(run: Run, recipe: Recipe, known: Understood, told: Told) -> None:
+    """Write report.json and report.html."""
+    rewritten, pruned, distilled, exported, scorecard, examples = told
+    context = ReportInput(
+        recipe=recipe,
+        provenance=read_provenance(run.folder),
+        teacher=known.teacher,
+        effects=known.effects,
+        groups=known.groups,
+        candidates=known.candidates,
+        plan=known.plan,
+        rewritten=rewritten,
+        pruned=pruned,
+        distilled=distilled,
+        exported=exported,
+        scorecard=scorecard if scorecard.rows else None,
+        disagreements=examples.disagreements,
+        disagreed=(examples.disagreed, examples.inputs),
+    )
+    run.write_text("report.json", report_json(context))
+    run.write_text("report.html", build_report(context))
+
+
+def rebuild_report(run_dir: Path) -> Path:
+    """Build report.html anew from report.json of a finished run.
+
+    Raises:
+        RunFolderError: the folder holds no finished run.
+    """
+    read_result(run_dir, "export", Exported)
+    context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
+    atomic_write_text(run_dir / "report.html", build_report(context))
+    return run_dir / "report.html"
+
+
+def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
+    """Measure a finished run's exported models again, on this machine; nothing in the folder is changed.
+
+    Args:
+        run_dir: A finished run.
+        section: Only the keys that were set override the run's own.
+    """
+    exported = read_result(run_dir, "export", Exported)
+    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
+    base = (recipe.benchmark or BenchmarkSection()).model_dump()
+    chosen = BenchmarkSection(**{**base, **section.model_dump(exclude_unset=True)})
+    data = load_data(recipe.data, seed=recipe.seed)
+    with numerics(recipe):
+        models = deployed(exported, run_dir, load(run_dir / exported.teacher_pt2), load(run_dir / exported.pt2))
+        return benchmark(*models, data.test, chosen, recipe.budget)
+
+
+def replay(model: nn.Module, run_dir: Path) -> nn.Module:
+    """Carry out a run's surgery on the teacher's own architecture, for further training with live batch norms.
+
+    Args:
+        model: The teacher's architecture; its weights do not matter, it is left unchanged.
+        run_dir: A finished run.
+
+    Returns:
+        The student as a torch.fx.GraphModule in training mode, with the weights of the run.
+
+    Raises:
+        TraceError: the architecture is not the one that the run was made with.
+    """
+    from pydantic import TypeAdapter
+
+    read_result(run_dir, "export", Exported)
+    record: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json((run_dir / SURGERY).read_bytes())
+    surgery = TypeAdapter(Surgery).validate_python(record["surgery"])
+    example: Tensor = torch.zeros(2, *record["input_shape"])
+    return replay_surgery(trace(model, example), surgery, load_file(run_dir / WEIGHTS)).graph.train()

@@ -1,0 +1,78 @@
+"""The parts of distillation by themselves: losses, schedule, networks made ready."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
+from causal_compress.recover.networks import answer, fold_batch_norms, observed
+from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
+
+
+def test_folded_batch_norms_compute_the_same() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(216, 3))
+    nn.init.uniform_(net[1].running_mean)
+    nn.init.uniform_(net[1].running_var, 0.5, 1.5)
+    x = torch.randn(5, 2, 8, 8)
+    wanted, inside = answer(observed(fx.symbolic_trace(net.eval()), ["_1", "_2"], role="teacher"), x)
+    folded = fold_batch_norms(observed(fx.symbolic_trace(net), ["_1", "_2"], role="teacher"))
+    logits, folded_inside = answer(folded, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(folded_inside, inside)
+
+
+def test_layer_that_is_called_twice_is_not_folded() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.bn(self.conv(x)))
+
+    net = Twice().eval()
+    nn.init.uniform_(net.bn.running_mean)
+    x = torch.randn(2, 2, 3, 3)
+    torch.testing.assert_close(fold_batch_norms(fx.symbolic_trace(net))(x), net(x))
+
+
+def test_losses_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    wanted = torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]]))
+    expected = (0.9 * torch.tensor(1.8).log() + 0.1 * torch.tensor(0.2).log()) / 2
+    torch.testing.assert_close(kd_loss(logits, wanted, 1.0), expected)
+    torch.testing.assert_close(kd_loss(logits, 2.0 * wanted, 2.0), 4.0 * expected)
+    counted = torch.tensor([True, False])
+    torch.testing.assert_close(label_loss(wanted, torch.tensor([1, 0]), counted), -torch.tensor(0.1).log())
+    assert label_loss(wanted, torch.tensor([1, 0]), torch.tensor([False, False])) == 0.0
+    activations = torch.tensor([[2.0, 0.0]])
+    torch.testing.assert_close(boundary_loss([activations, 2 * activations], [activations] * 2), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_boundary_loss_and_gradient_equal_the_written_out_ones(precision: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, wanted = torch.randn(2, 4, 3, 5, 5, generator=generator).to(precision)
+    ours.requires_grad_()
+    plain = ours.detach().float().requires_grad_()
+    loss = boundary_loss([ours], [wanted])
+    reference = (plain - wanted.float()).square().mean() / wanted.float().square().mean()
+    (3.0 * loss).backward()
+    (3.0 * reference).backward()
+    torch.testing.assert_close(loss, reference, rtol=tolerance, atol=0.0)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.float(), plain.grad, rtol=tolerance, atol=tolerance * 0.1)
+
+
+def test_one_cycle() -> None:
+    rates = [learning_rate_at(step, 100, 0.1) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert all(left >= right for left, right in itertools.pairwise(rates[5:]))
+    assert 0.0 < rates[-1] < 1e-3
+    assert learning_rate_at(0, 1, 0.1) == pytest.approx(0.1)
+    assert [boundary_share_at(step, 30) for step in (0, 5, 10, 29)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert decay_at(0, 0.999) == pytest.approx(0.1)
+    assert decay_at(10**6, 0.999) == 0.999
