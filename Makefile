@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 ARGS ?=
+SHARED ?= $(or $(CAUSAL_COMPRESS_SHARED),../shared)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.causal-compress-installed
@@ -27,15 +28,15 @@ $(STAMP): pyproject.toml
 	touch $@
 
 fmt: $(STAMP) ## format, and mend what ruff can mend
-	$(BIN)/ruff check --fix $(CODE)
-	$(BIN)/ruff format $(CODE)
+	$(BIN)/python -m ruff check --fix $(CODE)
+	$(BIN)/python -m ruff format $(CODE)
 
 lint: $(STAMP) ## style, names, complexity, docstrings
-	$(BIN)/ruff check $(CODE)
-	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/python -m ruff check $(CODE)
+	$(BIN)/python -m ruff format --check $(CODE)
 
 types: $(STAMP) ## mypy, strict
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 test: lint types ## what CI runs: style, types, all tests but the slow ones
 	$(BIN)/python -m pytest -m '$(NOT_SLOW)' $(ARGS)
@@ -46,7 +47,10 @@ test-all: lint types ## slow tests too
 demo: $(STAMP) ## train a small network on digits, compress it, print table and path
 	$(BIN)/causal-compress demo --out $(OUT)
 
-bench: $(STAMP) ## the benchmarks that need no arguments beyond the shared data; see benchmarks/README in each script
+bench: $(STAMP) ## measure the tables that need shared data only (ckatorch is installed for comparison), fill documents
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ckatorch
+	$(BIN)/python $(SHARED)/data/get-data .cache/data
+	$(BIN)/python benchmarks/cka_speed.py --checkpoint $(SHARED)/checkpoints/resnet56-4bfd9763.th --data .cache/data/cifar10.npz
 	$(BIN)/python benchmarks/tables.py
 
 check: test-all ## all tests, and whether documents show what the results say

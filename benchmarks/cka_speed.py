@@ -145,9 +145,9 @@ def row(what: str, our_seconds: float, their_seconds: float, shared: dict[str, A
     """One line of the table."""
     return {
         "what": what,
-        "ours_s": round(our_seconds, 3),
-        "ckatorch_s": round(their_seconds, 3),
-        "speedup": round(their_seconds / our_seconds, 1),
+        "ours_s": round(float(our_seconds), 3),
+        "ckatorch_s": round(float(their_seconds), 3),
+        "speedup": round(float(their_seconds / our_seconds), 1),
         **shared,
     }
 

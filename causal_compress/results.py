@@ -67,7 +67,7 @@ class Chain:
 class NodeEffect:
     """What the interventions did at one site.
 
-    `ace` is E[ |delta| * KL(P(g'|do(x')) || P(g'|do(x))) ] in nats, `kl` the KL alone, with standard errors over inputs.
+    `ace` is E[ |delta| * KL(P(g'|do(x')) || P(g'|do(x))) ] in nats, `kl` the KL alone; standard errors are over inputs.
     """
 
     site: str
@@ -83,7 +83,7 @@ class Effects:
 
     `feature_ace` is the mean effect at the output of the masks that contain the feature (NaN: never masked). `forwards`
     counts inputs run through the network. `cka` is debiased, over plain and intervened inputs; `hsic_bins` holds the
-    sums of HSIC of up to 32 disjoint sets of inputs, from which the bootstrap draws. `skipped`: sites without information.
+    HSIC sums of up to 32 disjoint sets of inputs, from which the bootstrap draws. `skipped`: sites without information.
     """
 
     chain: Chain

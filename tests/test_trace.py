@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,15 @@ from tiny import Block, Depthwise, Opaque, Plain, Residual, Stages, images, rand
 from torch import Tensor, nn
 
 from causal_compress.errors import TraceError
-from causal_compress.understand.graph import common_name, compose_with_ends, ends, extract, fetch, observer, run_in_chunks
+from causal_compress.understand.graph import (
+    common_name,
+    compose_with_ends,
+    ends,
+    extract,
+    fetch,
+    observer,
+    run_in_chunks,
+)
 from causal_compress.understand.tail import Tail, find_tail, undo
 from causal_compress.understand.trace import Network, site_activations, trace
 
@@ -182,7 +191,10 @@ def test_a_model_without_logits_is_refused(model: nn.Module, words: str) -> None
         trace(model, torch.rand(3, 4))
 
 
-@given(st.lists(st.sampled_from("conv wide norm relu add cat pool dense".split()), max_size=8), st.integers(0, 99))
+@given(
+    st.lists(st.sampled_from(["conv", "wide", "norm", "relu", "add", "cat", "pool", "dense"]), max_size=8),
+    st.integers(0, 99),
+)
 def test_random_networks_equal_their_chains(words: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     model = random_norms(Woven(words), seed)
@@ -191,7 +203,7 @@ def test_random_networks_equal_their_chains(words: list[str], seed: int) -> None
     infos = network.chain().regions
     assert_chain_is_the_model(model, x, network)
     assert sum(info.params for info in infos) == sum(parameter.numel() for parameter in model.parameters())
-    assert all(before.output_shape == after.input_shape for before, after in zip(infos, infos[1:], strict=False))
+    assert all(before.output_shape == after.input_shape for before, after in itertools.pairwise(infos))
     assert len({info.name for info in infos}) == len(infos)
     for site, region in zip(site_activations(network, x), network.regions, strict=True):
         assert tuple(site.shape[1:]) == region.info.output_shape

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from causal_compress.explain import figures, formats
 from causal_compress.explain.svg import Caption
-from causal_compress.results import Change, Effects, Epoch, Groups, Partition, Plan, Scorecard, ScoreRow
+from causal_compress.results import Effects, Epoch, Groups, Partition, Plan, Scorecard, ScoreRow
 
 Ranges = tuple[tuple[int, int], ...]
 _FEATURES = 12
@@ -69,7 +69,7 @@ def causal_map(effects: Effects, plan: Plan, ranges: Ranges) -> Markup:
     spans = [figures.MapSpan(d.candidate.first, d.candidate.last, d.macs_after) for d in plan.decisions]
     desc = (
         f"{len(regions)} regions in {len(ranges)} causal nodes. Upper bars: average causal effect per site. Lower "
-        "bars: MACs of the teacher, pale, and of the student as planned, in colour."
+        "bars: MACs of the teacher, grey, and of the student as planned, in colour."
     )
     return figures.causal_map(Caption("fig-map", "Causal map before and after", desc), columns, ranges, spans)
 
@@ -101,30 +101,27 @@ def epsilon_path(groups: Groups) -> Markup:
 
 def front(plan: Plan, budget: float | None) -> Markup:
     """Predicted harm at every share of MACs, the plan, and the budget as a share."""
-    curve_points = figures.Series("", tuple((100 * p.macs, p.harm_kl) for p in plan.front))
+    # a point without harm (the untouched teacher) has no place on a logarithmic axis, and would flatten a linear one
+    harmful = tuple((100 * p.macs, p.harm_kl) for p in plan.front if p.harm_kl > 0)
+    points = figures.Series("", harmful)
     chosen = figures.Series("this plan", ((100 * plan.macs, plan.predicted_harm_kl),), line=False, strong=True)
     desc = f"Predicted harm falls as more work is kept; the plan keeps {formats.share(plan.macs)} of the MACs."
     return figures.plot(
         Caption("fig-front", "Predicted Pareto front", desc),
-        (curve_points, chosen),
+        (points, chosen),
         ("MACs kept [% of the teacher]", "Predicted harm [nats]"),
         guide=None if budget is None else 100 * budget,
     )
 
 
-def harm(changes: Sequence[tuple[str, Change]]) -> Markup | None:
-    """Predicted against measured harm of every change that has both."""
-    points = tuple(
-        (change.predicted_harm_kl, change.measured_harm_kl)
-        for _, change in changes
-        if change.predicted_harm_kl is not None and change.measured_harm_kl is not None
-    )
+def harm(points: Sequence[tuple[float, float]]) -> Markup | None:
+    """Predicted against measured harm of every decision that was carried out."""
     if not points:
         return None
-    desc = f"{len(points)} changes; points on the dashed line did exactly the harm that was predicted."
+    desc = f"{len(points)} decisions; points on the dashed line did exactly the harm that was predicted."
     return figures.plot(
-        Caption("fig-harm", "Predicted and measured harm of each change", desc),
-        (figures.Series("", points, line=False, strong=True),),
+        Caption("fig-harm", "Predicted and measured harm of each decision", desc),
+        (figures.Series("", tuple(points), line=False, strong=True),),
         ("Predicted harm [nats]", "Measured harm [nats]"),
         diagonal=True,
     )

@@ -91,7 +91,7 @@ def bar_list(caption: Caption, bars: Sequence[Bar]) -> Markup:
         y = 24.0 * row
         low, end, tip = (left + (right - left) * max(0.0, v) / top for v in (bar.low, bar.value, bar.high))
         name = bar.label if len(bar.label) <= 26 else bar.label[:25] + "…"
-        parts += [svg.text(left - 10, y + 14, name, anchor="end"), svg.rect(left, y + 3, end - left, 14, "mark")]
+        parts += [svg.text(left - 10, y + 14, name, anchor="end"), svg.rect(left, y + 3, end - left, 14, "pale")]
         parts += [svg.line(low, y + 10, tip, y + 10, "whisker"), svg.text(tip + 8, y + 14, bar.text)]
     return svg.document(caption, 720, 24.0 * len(bars), parts)
 
@@ -118,7 +118,7 @@ def causal_map(
     scale = " (log scale)" if ace.log else ""
     parts += [svg.text(left, 44, f"Causal effect of each site [nats]{scale}, with 95 % interval", css="strong")]
     parts += svg.y_grid(ace, left, right)
-    parts += [svg.text(left, 214, "Work of each region [MACs]: teacher pale, student in colour", css="strong")]
+    parts += [svg.text(left, 214, "Work of each region [MACs]: teacher grey, student in colour", css="strong")]
     parts += [svg.text(left - 8, macs.at(t) + 4, formats.scaled(t), anchor="end") for t in macs.ticks()]
     parts += [svg.line(left, macs.at(t), right, macs.at(t), "grid") for t in macs.ticks()]
     parts += _map_columns(columns, ace, macs, left, step)
@@ -136,7 +136,8 @@ def _node_bands(nodes: Sequence[tuple[int, int]], left: float, step: float) -> l
     for number, (first, last) in enumerate(nodes, start=1):
         x, width = left + first * step, (last - first + 1) * step
         parts.append(svg.rect(x, 0, width, 346, "band" if number % 2 else "band other"))
-        parts.append(svg.text(x + width / 2, 16, str(number), anchor="middle", css="node"))
+        if width >= 16:  # narrower bands have no room for a number
+            parts.append(svg.text(x + width / 2, 16, str(number), anchor="middle", css="node"))
     return [*parts, svg.text(left - 8, 16, "Node", anchor="end")]
 
 
@@ -148,7 +149,7 @@ def _map_columns(columns: Sequence[MapColumn], ace: Axis, macs: Axis, left: floa
         if column.ace is None or not math.isfinite(column.ace):
             continue
         y = ace.at(column.ace)
-        parts.append(svg.rect(x, y, width, ace.start - y, "mark"))
+        parts.append(svg.rect(x, y, width, ace.start - y, "pale"))
         parts.append(svg.whisker(x + width / 2, ace.at(column.ace - column.error), ace.at(column.ace + column.error)))
     return parts
 
@@ -243,7 +244,7 @@ def epsilon_path(
             )
         )
     middle = x.at((chosen[0] + chosen[1]) / 2)
-    parts.append(svg.text(middle, y.at(chosen[2]) - 10, f"chosen: {chosen[2]} nodes", anchor="middle", css="node"))
+    parts.append(svg.text(middle, y.at(chosen[2]) - 10, f"chosen: {chosen[2]} nodes", anchor="middle", css="node halo"))
     parts.append(
         svg.text(56, 256, "Tolerance epsilon (how far from 1 the similarity may fall) → number of causal nodes ↑")
     )
@@ -302,5 +303,5 @@ def _draw(series: Series, x: Axis, y: Axis) -> list[Markup]:
     if series.name and spots:
         a, b = spots[-1]
         anchor = "end" if a > 500 else "start"
-        parts.append(svg.text(a + (-9 if anchor == "end" else 9), b - 9, series.name, anchor=anchor, css="node"))
+        parts.append(svg.text(a + (-9 if anchor == "end" else 9), b - 9, series.name, anchor=anchor, css="node halo"))
     return parts

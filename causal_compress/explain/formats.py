@@ -28,11 +28,24 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def tick(value: float) -> str:
+    """A round number on an axis, without trailing zeros."""
+    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+        return number(value, 2)
+    return f"{value:.6g}".replace("-", "−")
+
+
 def fixed(value: float | None, places: int = 2) -> str:
     """A number with so many decimal places."""
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{value + 0.0:,.{places}f}".replace("-", "−")
+
+
+def signed(value: float, places: int = 2) -> str:
+    """A difference with its sign: +0.19 or −1.19."""
+    text = fixed(value, places)
+    return f"+{text}" if value > 0 and float(text.replace(",", "")) else text
 
 
 def scaled(value: float | None, unit: str = "") -> str:
@@ -76,7 +89,7 @@ def seconds(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     if value < 60:
-        return f"{number(value)}{_NBSP}s"
+        return f"{number(value, 2)}{_NBSP}s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes}{_NBSP}min {rest}{_NBSP}s"

@@ -48,7 +48,7 @@ _REFUSED = 6
 
 @dataclass(frozen=True, kw_only=True, config=_config)
 class Disagreement:
-    """A test input to which teacher and student give different answers; shown as PNG image or as a row of text."""
+    """A validation input to which teacher and student give different answers; shown as PNG or as a row of text."""
 
     index: int
     true_class: str
@@ -60,7 +60,7 @@ class Disagreement:
 
 @dataclass(frozen=True, kw_only=True, config=_config)
 class ReportInput:
-    """All that the report tells; `disagreed` is how many test inputs they part on, and of how many."""
+    """All that the report tells; `disagreed` is how many validation inputs they part on, and of how many."""
 
     recipe: Recipe
     provenance: Provenance
@@ -213,7 +213,7 @@ def _headline(context: ReportInput) -> tuple[Headline, ...]:
 
 def _validation_line(context: ReportInput) -> Headline:
     before, after = context.teacher.accuracy, _journey(context)[-1][1]
-    change = f"{formats.fixed(after.pct - before.pct)} points"
+    change = f"{formats.signed(after.pct - before.pct)} points"
     low, high = formats.fixed(after.low_pct), formats.fixed(after.high_pct)
     return Headline(
         name="Accuracy (validation)",
@@ -230,7 +230,7 @@ def _accuracy_line(before: ScoreRow, after: ScoreRow) -> Headline:
         name="Accuracy",
         before=formats.pct(before.accuracy_pct),
         after=formats.pct(after.accuracy_pct),
-        change=f"{formats.fixed(-after.drop_pp)} points",
+        change=f"{formats.signed(-after.drop_pp)} points",
         sure=f"95 % interval {formats.interval(low, high)}, n = {after.n:,}",
     )
 
@@ -267,6 +267,16 @@ def _ledger(context: ReportInput) -> tuple[LedgerRow, ...]:
     )
 
 
+def _harm_pairs(ledger: Sequence[LedgerRow]) -> tuple[tuple[float, float], ...]:
+    """A decision that merges and narrows is carried out in two steps, so its measured harm is their sum."""
+    pairs = []
+    for row in ledger:
+        measured = [change.measured_harm_kl for _, change in row.measured if change.measured_harm_kl is not None]
+        if measured:
+            pairs.append((row.decision.predicted_harm_kl, sum(measured)))
+    return tuple(pairs)
+
+
 def _skips(context: ReportInput) -> tuple[tuple[str, Skip], ...]:
     sources: tuple[tuple[str, Iterable[Skip]], ...] = (
         ("trace", context.effects.chain.untraced),
@@ -276,7 +286,12 @@ def _skips(context: ReportInput) -> tuple[tuple[str, Skip], ...]:
         (context.rewritten.stage, context.rewritten.skipped),
         (context.pruned.stage, context.pruned.skipped),
     )
-    return tuple((stage, skip) for stage, skips in sources for skip in skips)
+    # the plan repeats what the candidates left out: the first stage to say it is named
+    first: dict[tuple[str, str], tuple[str, Skip]] = {}
+    for stage, skips in sources:
+        for skip in skips:
+            first.setdefault((skip.what, skip.reason), (stage, skip))
+    return tuple(first.values())
 
 
 def _journey(context: ReportInput) -> tuple[tuple[str, Accuracy], ...]:
@@ -310,7 +325,7 @@ def _figures(context: ReportInput, ranges: drawings.Ranges) -> dict[str, Markup 
         "cka": drawings.similarity(effects, ranges) if effects.cka else None,
         "epsilon": drawings.epsilon_path(groups) if groups.path else None,
         "front": drawings.front(plan, context.recipe.budget.macs) if plan.front else None,
-        "harm": drawings.harm(_changes(context)),
+        "harm": drawings.harm(_harm_pairs(_ledger(context))),
         "accuracy": drawings.curve("accuracy", epochs),
         "loss": drawings.curve("loss", epochs),
     }

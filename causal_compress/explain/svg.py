@@ -43,7 +43,7 @@ class Axis:
 
 
 def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
-    raw = (high - low) / 5
+    raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -116,13 +116,13 @@ def y_grid(axis: Axis, left: float, right: float) -> list[Markup]:
     parts = []
     for tick in axis.ticks():
         y = axis.at(tick)
-        parts += [line(left, y, right, y, "grid"), text(left - 8, y + 4, formats.number(tick), anchor="end")]
+        parts += [line(left, y, right, y, "grid"), text(left - 8, y + 4, formats.tick(tick), anchor="end")]
     return parts
 
 
 def x_ticks(axis: Axis, y: float) -> list[Markup]:
     """Ticks and numbers of a horizontal axis below y."""
     return [
-        line(axis.at(t), y, axis.at(t), y + 4, "rule") + text(axis.at(t), y + 18, formats.number(t), anchor="middle")
+        line(axis.at(t), y, axis.at(t), y + 4, "rule") + text(axis.at(t), y + 18, formats.tick(t), anchor="middle")
         for t in axis.ticks()
     ]

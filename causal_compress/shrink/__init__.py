@@ -1,1 +1,1 @@
-"""Smaller: what every change would cost is measured, one plan is chosen, and the surgery is carried out and repaired."""
+"""Smaller: what every change would cost is measured, one plan is chosen, and surgery carries it out with repairs."""

@@ -49,7 +49,7 @@ def make_plan(candidates: Candidates, effects: Effects, groups: Groups, budget: 
     """
     macs = budget.macs if budget.macs or budget.params else DEFAULT_MACS
     trades = [1.0 if budget.params is None else 0.0] if macs is None or budget.params is None else list(_TRADES)
-    paths = [best_path(candidates, trade, macs or 1.0, budget.params or 1.0) for trade in trades]
+    paths = [best_path(candidates, trade, macs or np.inf, budget.params or np.inf) for trade in trades]
     met = [path for path in paths if path is not None]
     if not met:
         raise _impossible(candidates, macs, budget.params)

@@ -18,6 +18,9 @@ from causal_compress.shrink.measure import PATH_PENALTY
 from causal_compress.shrink.repair import (
     MOST_FEATURES,
     Fitted,
+    accumulate,
+    affine_layers,
+    channel_axis,
     current_affine,
     feature_columns,
     find_site,
@@ -27,7 +30,7 @@ from causal_compress.shrink.repair import (
     write_solution,
 )
 from causal_compress.shrink.surgery import Student, copied
-from causal_compress.understand.graph import fetch
+from causal_compress.understand.graph import fetch, observer
 from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail
 
 
@@ -69,6 +72,7 @@ class _Work:
         self.groups, _ = find_groups(student.graph, example)
         self.dependencies: Any = dependencies_of(student.graph, example)
         self.keeps: list[Keep] = []
+        self.kept: dict[str, Tensor] = {}
         self.biased: list[str] = []
         self.changes: list[Change] = []
         self.skips: list[Skip] = []
@@ -77,6 +81,7 @@ class _Work:
         """Narrow one part, refit its last affine layer, and go on behind it."""
         part = self.student.parts[index]
         candidate = decision.candidate
+        entering = self.front.teacher
         targets = self.front.look_ahead(candidate.last)
         tail = find_tail(part)
         narrowed = []
@@ -85,6 +90,8 @@ class _Work:
         for producer, count in candidate.widths.items():
             group = next(group for group in self.groups if group.producer == producer)
             narrowed.append(self._narrow_group(part, group, count, tail, targets, candidate.last))
+        if candidate.representative == candidate.first and candidate.adapter is None:
+            self._absorb_drift(part, candidate.first, tail, entering)
         error, penalty = self._refit_tail(part, tail, targets, last=candidate.last == len(self.front.network.regions) - 1)
         rise = self.front.advance(part)
         if narrowed:
@@ -136,11 +143,35 @@ class _Work:
             readers.append((sums, weight, columns, metric))
         kept = self._choose(readers, count)
         self._remove(group.producer, kept)
+        self.kept.update(dict.fromkeys(group.writers, kept))
         for reader, (sums, weight, columns, _) in zip(group.readers, readers, strict=True):
             if not (isinstance(tail, Tail) and reader.layer == tail.affine):
                 stays = columns[kept].flatten().sort().values
                 self._write(part, reader.layer, sums.select(stays), weight[stays])
         return f"{count} of {group.channels} channels of {group.producer} kept"
+
+    def _absorb_drift(self, part: fx.GraphModule, region: int, tail: Tail | str, entering: list[Tensor]) -> None:
+        """Refit inner layers so that, on the student's inputs, they put out what the teacher's do on its own."""
+        original = self.front.network.regions[region].module
+        last = None if isinstance(tail, str) else tail.affine
+        for layer in affine_layers(part):
+            if layer == last or len(current_affine(part, layer, None)[0]) > MOST_FEATURES:
+                continue
+            site, source = find_site(part, layer), find_site(original, layer)
+            kept = self.kept.get(layer)
+            watch, wanted = observer(part, [site.features]), observer(original, [source.output])
+            with torch.no_grad():
+                rows = (
+                    (watch(x)[0], y if kept is None else y.index_select(channel_axis(y), kept))
+                    for x, y in ((x, wanted(z)[0]) for x, z in zip(self.front.student, entering, strict=True))
+                )
+                sums = accumulate(fetch(part, layer), rows, len(entering))
+            weight, bias = current_affine(part, layer, site.norm)
+            solution = sums.solve(self.section.penalties, weight)
+            now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
+            if solution.relative_error < now:
+                self._note_bias(part, layer, site.norm)
+                write_solution(part, layer, site.norm, (solution.weight, solution.bias), sums.both())
 
     def _choose(self, readers: Sequence[tuple[Fitted, Tensor, Tensor, Tensor | None]], count: int) -> Tensor:
         """Which channels stay: the surgeon's path from each reader's own best solution."""

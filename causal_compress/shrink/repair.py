@@ -20,7 +20,7 @@ from causal_compress.shrink.refit import (
     write_affine,
 )
 from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import BATCH_NORMS, Tail, undo
+from causal_compress.understand.tail import BATCH_NORMS, Tail, is_affine, undo
 
 HELD_OUT_EVERY = 4
 ROWS_PER_FEATURE = 200
@@ -184,6 +184,17 @@ def write_solution(part: fx.GraphModule, layer: str, norm: str | None, solution:
 def current_affine(part: fx.GraphModule, layer: str, norm: str | None) -> tuple[Tensor, Tensor]:
     """The affine map that a part's layer and batch norm compute now."""
     return effective_affine(fetch(part, layer), None if norm is None else fetch(part, norm))
+
+
+def affine_layers(part: fx.GraphModule) -> list[str]:
+    """Paths of the layers of a part that can be refitted and are called once, in graph order."""
+    called = [str(node.target) for node in part.graph.nodes if node.op == "call_module"]
+    return [path for path in dict.fromkeys(called) if called.count(path) == 1 and is_affine(part.get_submodule(path))]
+
+
+def channel_axis(activation: Tensor) -> int:
+    """Where the channels of an activation are: dimension 1 of images, the last otherwise."""
+    return 1 if activation.ndim == 4 else activation.ndim - 1
 
 
 def inner_groups(groups: Iterable[ChannelGroup], modules: Sequence[str]) -> list[ChannelGroup]:

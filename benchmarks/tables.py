@@ -1,0 +1,153 @@
+"""Fills the marked blocks of README.md and docs/*.md: tables from benchmarks/results/*.json, the tree from the modules.
+
+    python benchmarks/tables.py            # writes
+    python benchmarks/tables.py --check    # says what would change; exit code 1 if anything would
+
+A block stands between `<!-- table:NAME -->` and `<!-- /table -->`, or `<!-- tree -->` and `<!-- /tree -->`. A table
+whose results are not there yet is left empty, so that no document shows a number that nobody measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGE = ROOT / "causal_compress"
+
+_TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
+_READING_ORDER = ("inputs", "understand", "shrink", "recover", "deploy", "explain")
+_FIRST_FILES = ("errors", "recipe", "recipe_file", "recipe_faults", "results", "files", "progress", "provenance")
+_WIDEST = 100
+_OTHER_FOLDERS = (
+    ("recipes/", "one YAML per architecture family (a link into the package)"),
+    ("examples/", "architectures for --arch FILE.py:CALLABLE"),
+    ("benchmarks/", "one script per table; results/*.json with machine and versions"),
+    ("tests/", "test_<module>.py, tiny.py (networks with answers known by hand), golden/"),
+    ("docs/", "pictures and longer texts"),
+)
+
+
+def main() -> int:
+    """Write the documents, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a document is stale")
+    check = parser.parse_args().check
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text, RESULTS)
+        if filled != text:
+            stale.append(path)
+            if not check:
+                path.write_text(filled, encoding="utf-8")
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: " + ("stale; run python benchmarks/tables.py" if check else "written"))
+    return int(check and bool(stale))
+
+
+def fill(text: str, results: Path) -> str:
+    """A document with all its blocks made anew.
+
+    Args:
+        text: Markdown.
+        results: The folder of NAME.json files.
+    """
+    with_tables = _TABLE.sub(lambda found: found[1] + table(results / f"{found[2]}.json") + found[3], text)
+    return _TREE.sub(lambda found: found[1] + tree() + found[2], with_tables)
+
+
+def table(path: Path) -> str:
+    """Rows as a Markdown table, then the command and the machine; nothing where there is no such file.
+
+    Rows with the same keys share a table; a file may hold several kinds.
+    """
+    if not path.is_file():
+        return ""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        kinds.setdefault(tuple(row), []).append(row)
+    parts = [_rows(titles, rows) for titles, rows in kinds.items()]
+    machine = ", ".join(f"{key} {_cell(value)}" for key, value in content["machine"].items())
+    return "\n\n".join([*parts, f"`{content['command']}`<br>{machine}"]) + "\n"
+
+
+def _rows(titles: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
+    titles = tuple(titles)
+    numeric = [all(isinstance(row[title], int | float | None) for row in rows) for title in titles]
+    lines = [
+        f"| {' | '.join(_title(title) for title in titles)} |",
+        f"|{'|'.join('---:' if is_number else '---' for is_number in numeric)}|",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(_cell(row[title]) for title in titles)} |" for row in rows)])
+
+
+_UNITS = {"pct": "%", "pp": "pp", "ms": "ms", "s": "s", "bytes": "bytes", "nats": "nats"}
+
+
+def _title(key: str) -> str:
+    """`latency_ms_p50` -> `latency p50 [ms]`: the unit that a key names stands in brackets."""
+    words = key.split("_")
+    unit = next((word for word in words[1:] if word in _UNITS), None)
+    plain = " ".join(word for word in words if word != unit)
+    return plain if unit is None else f"{plain} [{_UNITS[unit]}]"
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"
+        case list() | tuple():
+            return " to ".join(_cell(item) for item in value) if len(value) == 2 else ", ".join(map(_cell, value))
+        case dict():
+            return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+        case _:
+            return str(value).replace("|", "\\|")
+
+
+def tree() -> str:
+    """The package as a tree, each module with the beginning of its docstring."""
+    names = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+    last = [
+        name
+        for name in ("runfolder", "runs", "pipeline", "demo", "doctor", "shipped", "console", "cli")
+        if name in names
+    ]
+    middle = [name for name in names if name not in _FIRST_FILES and name not in last]
+    lines = ["causal_compress/"]
+    lines += [_line(PACKAGE / f"{name}.py", 2) for name in _FIRST_FILES if name in names]
+    for room in _READING_ORDER:
+        lines.append(_line(PACKAGE / room, 2))
+        lines += [_line(path, 4) for path in sorted((PACKAGE / room).glob("*.py")) if path.stem != "__init__"]
+    lines += [_line(PACKAGE / f"{name}.py", 2) for name in (*middle, *last)]
+    lines += [f"{name:<24}{what}" for name, what in _OTHER_FOLDERS if (ROOT / name).is_dir()]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def _line(path: Path, indent: int) -> str:
+    source = path / "__init__.py" if path.is_dir() else path
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    first = " ".join(docstring.split("\n\n")[0].split())
+    sentence = re.split(r"(?<=\w)[.;](?:\s|$)", first)[0].rstrip(".")
+    beginning = sentence if len(sentence) <= _WIDEST else re.split(r"[,:] (?!.*[,:] )", sentence[:_WIDEST])[0]
+    name = " " * indent + path.name + ("/" if path.is_dir() else "")
+    return f"{name:<24}{beginning}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
