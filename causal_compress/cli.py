@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         0 PASS or done, 1 error, 2 wrong usage or recipe, 3 budget missed, 4 inconclusive, 130 interrupted.
     """
+    # Threads of torch that wait by spinning slow each other down many times over once another process wants the cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     with ExitStack() as stack:  # closed after the error is printed, so that -v still counts then
         try:
             return cli.main(args, prog_name="causal-compress", standalone_mode=False, obj=stack) or 0

@@ -108,7 +108,7 @@ class PlanSection(Section):
     heldout: Positive = Field(
         256, description="calibration inputs on which candidates are scored, plain and intervened"
     )
-    widths: list[Share] = Field([0.75, 0.5, 0.375, 0.25, 0.125], description="shares of channels tried")
+    widths: list[Share] = Field([0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], description="shares of channels tried")
     align: Positive = Field(1, description="channel counts are multiples of this (16 suits CPU kernels)")
     min_channels: Positive = Field(4, description="never fewer channels than this in a group")
     temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")

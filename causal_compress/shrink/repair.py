@@ -24,7 +24,7 @@ from causal_compress.understand.tail import BATCH_NORMS, Tail, is_affine, undo
 
 HELD_OUT_EVERY = 4
 ROWS_PER_FEATURE = 200
-FEWEST_ROWS = 50_000
+FEWEST_ROWS = 150_000
 MOST_FEATURES = 4800
 EXACT_FEATURES = 2400
 

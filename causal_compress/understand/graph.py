@@ -2,34 +2,94 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-_PURE_FUNCTIONS = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
-_PURE_METHODS = {"add_": "add", "sub_": "sub", "mul_": "mul", "relu_": "relu", "clamp_": "clamp", "div_": "div"}
+_PURE_OPERATORS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 
 
 def make_pure(graph: fx.GraphModule) -> None:
     """Replace in-place operations, so that an observed activation is never overwritten later.
 
+    What read an overwritten value afterwards reads the operation's result instead, whether or not the code used it.
+
     Args:
-        graph: Changed in place; it must be the caller's own copy.
+        graph: Changed in place; it must be the caller's own copy. Shapes are propagated, no dead code is taken out yet.
+
+    Limits: a value that is overwritten through a view of it is not followed.
     """
+    order = {node: position for position, node in enumerate(graph.graph.nodes)}
+    for node, position in order.items():
+        if _overwrites(graph, node):
+            _purify(node)
+            source = node.all_input_nodes[0]
+            if "tensor_meta" in source.meta:  # `n += 1` overwrites a tensor, but not a number
+                source.replace_all_uses_with(node, lambda user, after=position: order[user] > after)
     for module in graph.modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in _PURE_FUNCTIONS:
-            node.target = _PURE_FUNCTIONS[node.target]
-        elif node.op == "call_method" and node.target in _PURE_METHODS:
-            node.target = _PURE_METHODS[node.target]
-        if node.kwargs.get("inplace") is True:
-            node.kwargs = {**node.kwargs, "inplace": False}
     graph.recompile()
+
+
+def _overwrites(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node changes its first input."""
+    match node.op:
+        case "call_module":
+            return getattr(get_module(graph, node), "inplace", None) is True
+        case "call_method":
+            return _pure_name(str(node.target)) is not None
+        case "call_function":
+            return node.target in _PURE_OPERATORS or _pure_function(node) is not None or _inplace_argument(node) is True
+    return False
+
+
+def _purify(node: fx.Node) -> None:
+    if node.op == "call_method":
+        node.target = str(_pure_name(str(node.target)))
+    elif node.op == "call_function" and _inplace_argument(node) is True:
+        position = _inplace_position(node)
+        node.args = tuple(value for index, value in enumerate(node.args) if index != position)
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+    elif node.op == "call_function":
+        node.target = _PURE_OPERATORS.get(node.target) or _pure_function(node) or node.target
+
+
+def _pure_name(name: str) -> str | None:
+    """The method without the underscore that says "in place", where there is one."""
+    pure = name.removesuffix("_")
+    return pure if pure != name and not name.endswith("__") and callable(getattr(torch.Tensor, pure, None)) else None
+
+
+def _pure_function(node: fx.Node) -> Any:
+    name = getattr(node.target, "__name__", "")
+    pure = name.removesuffix("_")
+    if pure == name or name.endswith("__"):
+        return None
+    return getattr(torch, pure, None) or getattr(F, pure, None)
+
+
+def _inplace_position(node: fx.Node) -> int | None:
+    try:
+        return list(inspect.signature(node.target).parameters).index("inplace")  # type: ignore[arg-type]
+    except (ValueError, TypeError):  # a builtin without a signature, or no such argument
+        return None
+
+
+def _inplace_argument(node: fx.Node) -> Any:
+    position = _inplace_position(node)
+    given = position is not None and position < len(node.args)
+    return node.args[position] if given else node.kwargs.get("inplace")  # type: ignore[index]
 
 
 def get_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:

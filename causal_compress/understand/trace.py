@@ -90,8 +90,11 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
     model = copy.deepcopy(model).eval()
     check_runs(model, example_input)
     graph, untraced = _trace_with_leaves(model)
-    graph.graph.eliminate_dead_code()
+    with torch.no_grad():
+        ShapeProp(graph).propagate(example_input.clone())  # the model may overwrite its input
     make_pure(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return analyse(graph, example_input, untraced)
 
 
@@ -125,7 +128,9 @@ def _trace_with_leaves(model: nn.Module) -> tuple[fx.GraphModule, tuple[Skip, ..
         try:
             return fx.GraphModule(model, tracer.trace(model)), tuple(skips)
         except Exception as error:
-            reason = f"torch.fx can't follow it ({type(error).__name__}: {str(error).splitlines()[0][:120]}); left whole"
+            reason = (
+                f"torch.fx can't follow it ({type(error).__name__}: {str(error).splitlines()[0][:120]}); left whole"
+            )
             if tracer.failed is None or tracer.failed in leaves:
                 skips.append(Skip(what="the whole model", reason=reason))
                 break
