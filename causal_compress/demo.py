@@ -52,13 +52,16 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
         stages = [Block(width, width, 1) for _ in range(blocks)]
-        stages += [Block(width if index == 0 else 2 * width, 2 * width, 2 if index == 0 else 1) for index in range(blocks)]
+        stages += [
+            Block(width if index == 0 else 2 * width, 2 * width, 2 if index == 0 else 1) for index in range(blocks)
+        ]
         self.blocks = nn.Sequential(*stages)
         self.head = nn.Linear(2 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (samples, 1, 8, 8) to logits (samples, classes)."""
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 def digits_net(width: int = 24, blocks: int = 4, num_classes: int = 10) -> nn.Module:

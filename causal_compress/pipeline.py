@@ -1,12 +1,11 @@
 """The whole story, from a checkpoint to a verified small model, in straight lines.
 
-Every stage writes its result into the run folder before the next one starts, and weights are always read back from there, so a
-run that was killed goes on as if nothing had happened.
+Every stage writes its result into the run folder before the next one starts, and weights are always read back from
+there, so a run that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,24 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from causal_compress.deploy.benchmark import benchmark, deployed
 from causal_compress.deploy.onnx import export
 from causal_compress.deploy.package import load
 from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown
-from causal_compress.errors import TeacherError, TraceError, UsageError
+from causal_compress.errors import UsageError
 from causal_compress.explain.examples import Examples, find_disagreements
 from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
 from causal_compress.files import atomic_write_text
-from causal_compress.inputs.data import Data, Split, load_data
+from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model, checkpoint_sha256
 from causal_compress.recipe import BenchmarkSection, Recipe
 from causal_compress.recipe_file import load_recipe
-from causal_compress.recover.distill import distill
+from causal_compress.recover.distill import distill, resolve_device
 from causal_compress.results import (
-    Accuracy,
     Candidates,
     Change,
     Distilled,
@@ -48,19 +46,23 @@ from causal_compress.results import (
 )
 from causal_compress.runs import Run, open_run, read_provenance, read_result
 from causal_compress.shrink.front import Front, open_front
-from causal_compress.shrink.measure import Probe, draw_probe, measure, output_metrics
+from causal_compress.shrink.measure import measure
 from causal_compress.shrink.plan import make_plan
+from causal_compress.shrink.probe import Probe, draw_probe
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
-from causal_compress.shrink.surgery import Student, replay as replay_surgery
+from causal_compress.shrink.surgery import Student, boundaries, save_weights
+from causal_compress.shrink.surgery import replay as replay_surgery
+from causal_compress.shrink.targets import output_metrics
 from causal_compress.understand.cost import count_macs, count_params
 from causal_compress.understand.group import group
 from causal_compress.understand.intervene import intervene
-from causal_compress.understand.statistics import wilson
+from causal_compress.understand.teacher import accuracy, refuse_near_chance, score_teacher, weights_sha256
 from causal_compress.understand.trace import Network, trace
 
 WEIGHTS = "student.safetensors"
 SURGERY = "surgery.json"
+_ANY_PLAN = {"depth": True, "width": True}  # both are always measured, so one analysis serves every plan
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def compress(
 def analyze(
     recipe: Recipe, run_dir: Path, *, command: Sequence[str] = (), reuse: Path | None = None, force: bool = False
 ) -> Plan:
-    """Dry run: what would merge and narrow, with predicted MACs, parameters and harm; nothing is trained or written but that.
+    """Dry run: what would merge and narrow, with predicted MACs, parameters and harm; nothing is trained.
 
     Args:
         recipe: What is asked for.
@@ -143,14 +145,16 @@ def numerics(recipe: Recipe) -> Iterator[None]:
 def understand(run: Run, recipe: Recipe, *, force: bool) -> Understood:
     """Everything up to the plan."""
     if recipe.model.arch is None or recipe.data.source is None:
-        raise UsageError("nothing to compress", found="no model.arch or no data.source", remedy="give --arch and --data")
+        raise UsageError(
+            "nothing to compress", found="no model.arch or no data.source", remedy="give --arch and --data"
+        )
     data = load_data(recipe.data, seed=recipe.seed)
     network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
     run.note_inputs(checkpoint_sha256=checkpoint_sha256(recipe.model), data_sha256=data.fingerprint)
     inputs = {"weights": weights_sha256(network.graph), "data": data.fingerprint, "seed": recipe.seed}
 
     teacher = run.stage("teacher", TeacherScore, lambda _: score_teacher(network, data), depends=inputs)
-    refuse_near_chance(teacher, recipe, force=force)
+    refuse_near_chance(teacher, recipe.data, force=force)
     effects = run.stage(
         "intervene",
         Effects,
@@ -168,69 +172,20 @@ def understand(run: Run, recipe: Recipe, *, force: bool) -> Understood:
         "candidates",
         Candidates,
         lambda _: measure(network, probe, effects, recipe.plan),
-        depends={"intervene": run.key_of("intervene"), "plan": recipe.plan},
+        depends={"intervene": run.key_of("intervene"), "plan": recipe.plan.model_copy(update=_ANY_PLAN)},
     )
     plan = run.stage(
         "plan",
         Plan,
-        lambda _: make_plan(candidates, effects, groups, recipe.budget),
-        depends={"candidates": run.key_of("candidates"), "group": run.key_of("group"), "budget": recipe.budget},
+        lambda _: make_plan(candidates, effects, groups, recipe.budget, recipe.plan),
+        depends={
+            "candidates": run.key_of("candidates"),
+            "group": run.key_of("group"),
+            "budget": recipe.budget,
+            "plan": recipe.plan,
+        },
     )
     return Understood(data, network, teacher, effects, groups, candidates, plan, probe)
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Fingerprint of all parameters and buffers, names included."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode())
-    return digest.hexdigest()
-
-
-def accuracy(model: nn.Module, split: Split) -> Accuracy:
-    """Accuracy of a model on a split, with a Wilson interval."""
-    with torch.no_grad():
-        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in split.batches(250))
-    return wilson(correct, len(split))
-
-
-def score_teacher(network: Network, data: Data) -> TeacherScore:
-    """Measure the teacher on the validation split, before anything else."""
-    example = data.example_input
-    logits = network.regions[-1].info.output_shape[-1]
-    if logits != len(data.classes):
-        raise TraceError(
-            "the model and the data have different numbers of classes",
-            found=f"{logits} logits, {len(data.classes)} classes in the data",
-            wanted="one logit per class",
-            remedy="set model.args (num_classes) or data.target_groups so that they agree",
-        )
-    labels = data.validation.labels
-    chance = float(torch.bincount(labels).max()) / len(labels) * 100
-    return TeacherScore(
-        accuracy=accuracy(network.graph, data.validation),
-        chance_pct=chance,
-        macs=count_macs(network.graph, example[:1]),
-        params=count_params(network.graph),
-        size_bytes=sum(value.numel() * value.element_size() for value in network.graph.state_dict().values()),
-        classes=len(data.classes),
-    )
-
-
-def refuse_near_chance(teacher: TeacherScore, recipe: Recipe, *, force: bool) -> None:
-    """Stop at a teacher that is hardly better than always guessing the commonest class."""
-    least = teacher.chance_pct + 0.1 * (100 - teacher.chance_pct)
-    if teacher.accuracy.pct >= least or force:
-        return
-    normalize = recipe.data.normalize
-    raise TeacherError(
-        "the teacher is near chance: wrong preprocessing?",
-        found=f"{teacher.accuracy.pct:.1f} % on {teacher.accuracy.n} validation inputs; the commonest class gives {teacher.chance_pct:.1f} %",
-        wanted=f"at least {least:.1f} %",
-        remedy=f"check data.normalize (now mean {normalize.mean}, std {normalize.std}), data.image_size, the order of the classes, "
-        "and that model.weights is set; --force goes on all the same",
-    )
 
 
 def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Student]:
@@ -265,7 +220,12 @@ def front_of(recipe: Recipe, known: Understood) -> Front:
 
 
 def write_log(
-    scratch: Path, stage: str, student: Student, known: Understood, ledger: tuple[Sequence[Change], Sequence[Skip]], harm: float
+    scratch: Path,
+    stage: str,
+    student: Student,
+    known: Understood,
+    ledger: tuple[Sequence[Change], Sequence[Skip]],
+    harm: float,
 ) -> Log:
     """Write the student's weights and describe what was done to it."""
     save_weights(student.graph, scratch / f"{stage}.safetensors")
@@ -279,11 +239,6 @@ def write_log(
         macs=count_macs(student.graph, known.data.example_input[:1]),
         params=count_params(student.graph),
     )
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a state dict as safetensors."""
-    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, path)
 
 
 def read_student(run: Run, known: Understood, surgery: Surgery, weights: str) -> Student:
@@ -301,7 +256,7 @@ def recover(run: Run, recipe: Recipe, known: Understood, student: Student) -> tu
         trained, distilled = distill(
             student.graph,
             known.network.graph,
-            boundaries(student, known),
+            boundaries(student, known.network, known.plan),
             known.data,
             section,
             seed=recipe.seed,
@@ -314,19 +269,6 @@ def recover(run: Run, recipe: Recipe, known: Understood, student: Student) -> tu
     depends = {"prune": run.key_of("prune"), "distill": section, "augment": recipe.data.augment}
     distilled = run.stage("distill", Distilled, work, depends=depends)
     return distilled, read_student(run, known, student.surgery, "distill.safetensors")
-
-
-def boundaries(student: Student, known: Understood) -> list[tuple[str, str]]:
-    """Cut points that student and teacher share in full width: pairs of graph nodes."""
-    pairs = zip(student.sites, student.ends, known.plan.decisions, strict=True)
-    return [(site, known.network.sites[end]) for site, end, decision in pairs if decision.outputs_kept == 1.0][:-1]
-
-
-def resolve_device(name: str) -> str:
-    """`auto` becomes the first CUDA device where there is one, else the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def deploy(run: Run, recipe: Recipe, known: Understood, student: Student) -> Exported:

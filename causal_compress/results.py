@@ -65,10 +65,7 @@ class Chain:
 
 @dataclass(frozen=True, kw_only=True, config=_config)
 class NodeEffect:
-    """What the interventions did at one site.
-
-    `ace` is E[ |delta| * KL(P(g'|do(x')) || P(g'|do(x))) ] in nats, `kl` the KL alone; standard errors are over inputs.
-    """
+    """One site: `ace` is E[ |delta| * KL(P(g'|do(x')) || P(g'|do(x))) ] in nats, `kl` the KL alone."""
 
     site: str
     ace: float
@@ -80,7 +77,6 @@ class NodeEffect:
 @dataclass(frozen=True, kw_only=True, config=_config)
 class Effects:
     """Average causal effects of masking input features, at every site and at the output, and the sites' similarity.
-
     `feature_ace` is the mean effect at the output of the masks that contain the feature (NaN: never masked). `forwards`
     counts inputs run through the network. `cka` is debiased, over plain and intervened inputs; `hsic_bins` holds the
     HSIC sums of up to 32 disjoint sets of inputs, from which the bootstrap draws. `skipped`: sites without information.
@@ -125,7 +121,6 @@ class Groups:
     fisher: tuple[tuple[int, ...], ...]
     null_cka_mean: float
     null_cka_max: float
-    random_init_cka_mean: float | None
     inputs: int
     stable: bool
 
@@ -143,11 +138,10 @@ class Evidence:
 @dataclass(frozen=True, kw_only=True, config=_config)
 class Candidate:
     """One way to carry out regions first..last: which representative, at which width, and what it would cost.
-
-    `harm_kl` is the measured rise of the output KL (nats, at the plan's temperature) when the teacher's cut point is replaced
-    by the candidate's output. `inputs_kept` is the share of channels of the cut point before `first` that it reads; a part
-    that writes the share s of its outputs costs `macs_fixed + s * macs_out` MACs, parameters alike. `widths` names each
-    channel group inside that shrinks: producer -> channels kept.
+    `harm_kl` is the measured rise of the output KL (nats, at the plan's temperature) when the teacher's cut point is
+    replaced by the candidate's output. `inputs_kept` is the share of channels of the cut point before `first` that it
+    reads; a part that writes the share s of its outputs costs `macs_fixed + s * macs_out` MACs, parameters alike.
+    `widths` names each channel group inside that shrinks: producer -> channels kept.
     """
 
     first: int
@@ -316,10 +310,7 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True, config=_config)
 class Exported:
-    """The exported files (names inside the run folder) with size and parity.
-
-    Size, hash, parity and numbers of nodes (before and after simplification) are the student's unless named otherwise.
-    """
+    """The exported files (names inside the run folder), the student's unless named otherwise, with size and parity."""
 
     onnx: str
     opset: int
@@ -338,7 +329,6 @@ class Exported:
 @dataclass(frozen=True, kw_only=True, config=_config)
 class ScoreRow:
     """One model on one runtime: the columns of the scorecard.
-
     Accuracies on the test split; `drop_pp` is teacher minus student with a 95 % paired interval; 0 for the teacher.
     `speedup` is the teacher's median latency over this model's, with a 95 % interval over `rounds` interleaved calls.
     `peak_memory_bytes` is the rise of a fresh process's memory by loading the file and running one batch; None where
@@ -370,7 +360,6 @@ class ScoreRow:
 @dataclass(frozen=True, kw_only=True, config=_config)
 class Scorecard:
     """What was gained and lost; `reasons` says how the verdict came about, `notes` what a reader must know.
-
     `runtimes` describes each runtime with its version.
     """
 

@@ -112,7 +112,6 @@ def groups() -> Groups:
         fisher=partitions[2].nodes,
         null_cka_mean=0.002,
         null_cka_max=0.011,
-        random_init_cka_mean=None,
         inputs=2048,
         stable=True,
     )

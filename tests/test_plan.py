@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from causal_compress.errors import BudgetError
-from causal_compress.recipe import BudgetSection
+from causal_compress.recipe import BudgetSection, PlanSection
 from causal_compress.results import (
     Candidate,
     Candidates,
@@ -114,7 +114,6 @@ def groups(regions: int) -> Groups:
         fisher=(),
         null_cka_mean=0.0,
         null_cka_max=0.0,
-        random_init_cka_mean=None,
         inputs=8,
         stable=True,
     )
@@ -202,7 +201,7 @@ def test_the_front_falls_from_the_smallest_plan_to_the_teacher(known: Candidates
 def test_a_plan_answers_for_its_numbers(known: Candidates, macs: float, params: float) -> None:
     budget = BudgetSection(macs=macs, params=params)
     try:
-        plan = make_plan(known, effects(known.regions), groups(known.regions), budget)
+        plan = make_plan(known, effects(known.regions), groups(known.regions), budget, PlanSection())
     except BudgetError:
         return
     assert plan.macs <= macs + 0.01
@@ -226,29 +225,29 @@ def test_many_candidates_still_give_the_exact_ends_of_the_front() -> None:
 def test_an_impossible_budget_says_what_is_possible() -> None:
     known = candidates([*kept_whole(2), candidate(0, 1, macs=(60, 0), params=(20, 0), harm=1.0)], 2)
     with pytest.raises(BudgetError, match=r"keeps 0\.300 of the MACs; of the parameters, 0\.200") as caught:
-        make_plan(known, effects(2), groups(2), BudgetSection(macs=0.1))
+        make_plan(known, effects(2), groups(2), BudgetSection(macs=0.1), PlanSection())
     assert "budget.macs: 0.1" in str(caught.value)
     with pytest.raises(BudgetError):
-        make_plan(known, effects(2), groups(2), BudgetSection(params=0.1))
+        make_plan(known, effects(2), groups(2), BudgetSection(params=0.1), PlanSection())
 
 
 def test_without_a_budget_half_the_macs_are_planned_for() -> None:
     rows = [*kept_whole(2), candidate(0, 1, macs=(99, 0), harm=3.0), candidate(1, 1, macs=(10, 0), harm=1.0)]
-    plan = make_plan(candidates(rows, 2), effects(2), groups(2), BudgetSection())
+    plan = make_plan(candidates(rows, 2), effects(2), groups(2), BudgetSection(), PlanSection())
     assert plan.macs == pytest.approx(0.495)
     assert [decision.kind for decision in plan.decisions] == ["merge"]
 
 
 def test_a_roomy_budget_keeps_everything() -> None:
     rows = [*kept_whole(3), candidate(0, 1, macs=(60, 0), harm=0.2)]
-    plan = make_plan(candidates(rows, 3), effects(3), groups(3), BudgetSection(macs=1.0))
+    plan = make_plan(candidates(rows, 3), effects(3), groups(3), BudgetSection(macs=1.0), PlanSection())
     assert [decision.kind for decision in plan.decisions] == ["keep"] * 3
     assert (plan.macs, plan.params, plan.predicted_harm_kl) == (1.0, 1.0, 0.0)
 
 
 def test_what_no_budget_limits_may_grow() -> None:
     rows = [*kept_whole(2), candidate(0, 0, macs=(10, 0), params=(60, 0), harm=0.1)]
-    plan = make_plan(candidates(rows, 2), effects(2), groups(2), BudgetSection(macs=0.6))
+    plan = make_plan(candidates(rows, 2), effects(2), groups(2), BudgetSection(macs=0.6), PlanSection())
     assert (plan.macs, plan.params) == (0.55, 1.1)
 
 
@@ -259,7 +258,7 @@ def test_a_narrow_cut_point_is_paid_for_on_both_sides() -> None:
         candidate(1, 1, macs=(50, 0), inputs_kept=0.5, harm=0.3),
     ]
     known = candidates(rows, 2)
-    plan = make_plan(known, effects(2), groups(2), BudgetSection(macs=0.5))
+    plan = make_plan(known, effects(2), groups(2), BudgetSection(macs=0.5), PlanSection())
     first, second = plan.decisions
     assert (first.outputs_kept, first.macs_after, first.kind) == (0.5, 50, "keep")
     assert (second.macs_after, second.kind) == (50, "narrow")
@@ -271,7 +270,7 @@ def test_evidence_and_refusals_stand_beside_each_decision() -> None:
         candidate(0, 1, macs=(50, 0), harm=0.1, widths={"conv": 4}),
         candidate(0, 1, macs=(90, 0), harm=0.4),
     ]
-    plan = make_plan(candidates(rows, 2), effects(2, cka=0.8), groups(2), BudgetSection(macs=0.5))
+    plan = make_plan(candidates(rows, 2), effects(2, cka=0.8), groups(2), BudgetSection(macs=0.5), PlanSection())
     (decision,) = plan.decisions
     assert (decision.node, decision.kind) == ("r0..r1", "merge+narrow")
     assert decision.evidence.cka == 0.8

@@ -25,7 +25,8 @@ def find_disagreements(teacher: nn.Module, student: nn.Module, data: Data, *, mo
     """Run both networks over the validation split and pick the inputs to which they give different answers.
 
     Args:
-        teacher, student: Classifiers in evaluation mode.
+        teacher: Classifier in evaluation mode.
+        student: The same, after compression.
         data: Its validation split is read; the test split is not.
         most: How many are kept to be shown, the first ones.
     """

@@ -93,6 +93,13 @@ def _set_out(
     return Course(data, section, seed, guide, accelerator, place, _uses_bf16(section.precision, place))
 
 
+def resolve_device(name: str) -> str:
+    """`auto` becomes the first CUDA device where there is one, else the CPU."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bf16: as asked for, or where the hardware has it (elsewhere it is emulated, slowly)."""
     if precision != "auto":

@@ -84,7 +84,12 @@ def dependencies_of(graph: fx.GraphModule, example_input: Tensor) -> Any:
 
     with torch.enable_grad(), _quiet():
         return tp.DependencyGraph().build_dependency(
-            graph, example_inputs=(example_input[:1],), ignored_layers=[], customized_pruners={}, ignored_params=[], verbose=False
+            graph,
+            example_inputs=(example_input[:1],),
+            ignored_layers=[],
+            customized_pruners={},
+            ignored_params=[],
+            verbose=False,
         )
 
 
@@ -113,25 +118,29 @@ def _describe(dependencies: Any, graph: fx.GraphModule, path: str, paths: dict[i
         items = list(_pruning_group(dependencies, module, list(range(channels))))
     except Exception as error:  # torch-pruning raises whatever its handlers meet
         return f"torch-pruning can't follow its channels ({type(error).__name__}: {str(error)[:80]})"
-    writers, passing, readers = [path], [], []
+    found: dict[str, list[Any]] = {"writer": [path], "passing": [], "reader": [], "operation": []}
     for dependency, positions in items:
         target = paths.get(id(dependency.target.module))
         role = _role(dependencies, dependency, target)
         if role == "foreign":
             return f"its channels reach {dependency.target.name}, which can't be narrowed"
-        if role == "writer" and target != path:
-            writers.append(str(target))
-        elif role == "passing":
-            passing.append(str(target))
-        elif role == "reader":
-            if len(positions) % channels:
-                return f"its channels are mixed before {target}"
-            readers.append(_reader(str(target), list(positions), channels))
+        found[role].append((str(target), list(positions)) if role == "reader" else str(target))
+    return _readable(path, channels, found)
+
+
+def _readable(path: str, channels: int, found: dict[str, list[Any]]) -> ChannelGroup | str:
+    """The group, if every reader can be told which of its inputs belong to which channel."""
+    mixed = next((layer for layer, positions in found["reader"] if len(positions) % channels), None)
+    if mixed is not None:
+        return f"its channels are mixed before {mixed}"
+    readers = tuple(_reader(layer, positions, channels) for layer, positions in found["reader"])
     if len({reader.layer for reader in readers}) != len(readers):
         return "a layer reads its channels twice"
     if not readers:
         return "no layer that can be refitted reads its channels"
-    return ChannelGroup(path, channels, tuple(dict.fromkeys(writers)), tuple(dict.fromkeys(passing)), tuple(readers))
+    return ChannelGroup(
+        path, channels, tuple(dict.fromkeys(found["writer"])), tuple(dict.fromkeys(found["passing"])), readers
+    )
 
 
 def _reader(layer: str, positions: list[int], channels: int) -> Reader:

@@ -29,9 +29,12 @@ def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
     """
     costs: dict[str, LayerCost] = {}
     outputs: dict[str, Tensor] = {}
-    layers = {str(node.target): part.get_submodule(str(node.target)) for node in part.graph.nodes if node.op == "call_module"}
+    layers = {
+        str(node.target): part.get_submodule(str(node.target)) for node in part.graph.nodes if node.op == "call_module"
+    }
     hooks = [
-        layer.register_forward_hook(lambda _m, _i, out, path=path: outputs.__setitem__(path, out)) for path, layer in layers.items()
+        layer.register_forward_hook(lambda _m, _i, out, path=path: outputs.__setitem__(path, out))
+        for path, layer in layers.items()
     ]
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The front between student and teacher while surgery goes along the chain: each side's activations at the current cut point."""
+"""Where surgery has got to on the chain: student's and teacher's activations at the current cut point."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from causal_compress.shrink.measure import before_and_after
+from causal_compress.shrink.targets import before_and_after
 from causal_compress.understand.trace import Network
 
 

@@ -1,9 +1,9 @@
-"""What stands for a causal node: a representative region, the node's own final activation, and an adapter where shapes differ."""
+"""What stands for a causal node: a representative, the node's own final activation, an adapter where shapes differ."""
 
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,7 +24,7 @@ def build_part(network: Network, merge: Merge) -> fx.GraphModule | str:
         merge: Which regions, which representative, which adapter.
 
     Returns:
-        A deep copy that maps the activation before `first` to one of the shape behind `last`, or the reason why there is none.
+        A deep copy that maps the activation before `first` to one of the shape behind `last`, or why there is none.
     """
     region = network.regions[merge.representative]
     if merge.first == merge.last:
@@ -35,14 +35,14 @@ def build_part(network: Network, merge: Merge) -> fx.GraphModule | str:
             return f"{network.regions[index].info.name} can't be refitted: {found}"
     assert isinstance(tail, Tail)
     assert isinstance(last_tail, Tail)
-    part = copy.deepcopy(_joined(network, merge, tail, last_tail))
+    joined = copy.deepcopy(_joined(network, merge, tail, last_tail))
     match merge.adapter:
         case "reshape":
-            return _reshaped(network, merge, part)
+            return _reshaped(network, merge, joined)
         case "project":
             adapter = _projection(network, merge)
-            part = adapter if isinstance(adapter, str) else compose([adapter, part])
-    return part if isinstance(part, str) else _checked(network, merge, part)
+            return adapter if isinstance(adapter, str) else _checked(network, merge, compose([adapter, joined]))
+    return _checked(network, merge, joined)
 
 
 def _joined(network: Network, merge: Merge, tail: Tail, last_tail: Tail) -> fx.GraphModule:
@@ -103,9 +103,9 @@ def _tail_outputs(network: Network, index: int) -> int:
 
 def _like(layer: nn.Conv2d | nn.Linear, inputs: int, outputs: int) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(
-            inputs, outputs, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=layer.bias is not None
-        )  # type: ignore[arg-type]
+        geometry: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+        kernel: Any = layer.kernel_size
+        return nn.Conv2d(inputs, outputs, kernel, bias=layer.bias is not None, **geometry)
     return nn.Linear(inputs, outputs, bias=layer.bias is not None)
 
 
@@ -116,7 +116,10 @@ def _replace(part: fx.GraphModule, path: str, module: nn.Module) -> None:
 
 def _projection(network: Network, merge: Merge) -> fx.GraphModule | str:
     """The smallest affine map from the shape before the node to the one that the representative reads."""
-    given, wanted = network.regions[merge.first].info.input_shape, network.regions[merge.representative].info.input_shape
+    given, wanted = (
+        network.regions[merge.first].info.input_shape,
+        network.regions[merge.representative].info.input_shape,
+    )
     name = f"adapter_{merge.first}_{merge.last}"
     layer: nn.Module
     if len(given) == 3 and len(wanted) == 3 and given[1] % wanted[1] == 0 and given[2] % wanted[2] == 0:
@@ -132,8 +135,10 @@ def _projection(network: Network, merge: Merge) -> fx.GraphModule | str:
     return fx.GraphModule(root, graph)
 
 
-def fitting_adapter(network: Network, first: int, last: int, representative: int) -> tuple[Adapter | None, fx.GraphModule] | str:
-    """The least adapter with which a region can stand for regions first..last, and the part; or the reason why none can."""
+def fitting_adapter(
+    network: Network, first: int, last: int, representative: int
+) -> tuple[Adapter | None, fx.GraphModule] | str:
+    """The least adapter with which a region can stand for regions first..last, and the part; or why none can."""
     reasons: list[str] = []
     choices: tuple[Adapter | None, ...] = (None, "reshape", "project")
     for adapter in choices:

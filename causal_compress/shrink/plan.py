@@ -1,19 +1,20 @@
-"""Decides what is done; touches no network. Dynamic programming over the chain gives the best plan for every budget at once.
+"""Decides what is done; touches no network. Dynamic programming over the chain gives the best plan for every budget.
 
-A state is a cut point and the share of its channels that stays. A candidate leads from one state to another; its harm is what
-was measured for it alone, and the harm of a plan is predicted as their sum.
+A state is a cut point and the share of its channels that stays. A candidate leads from one state to another; its harm
+is what was measured for it alone, and the harm of a plan is predicted as their sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from causal_compress.errors import BudgetError
-from causal_compress.recipe import BudgetSection
+from causal_compress.recipe import BudgetSection, PlanSection
 from causal_compress.results import Candidate, Candidates, Decision, Effects, Evidence, FrontPoint, Groups, Plan, Skip
 from causal_compress.understand.group import same_node_share
 
@@ -35,7 +36,9 @@ class _Points:
     back: NDArray[np.int64]
 
 
-def make_plan(candidates: Candidates, effects: Effects, groups: Groups, budget: BudgetSection) -> Plan:
+def make_plan(
+    candidates: Candidates, effects: Effects, groups: Groups, budget: BudgetSection, section: PlanSection
+) -> Plan:
     """Choose the candidates that meet the budget with the least predicted harm.
 
     Args:
@@ -43,10 +46,12 @@ def make_plan(candidates: Candidates, effects: Effects, groups: Groups, budget: 
         effects: ACE and CKA, as evidence.
         groups: The chosen causal nodes, as evidence.
         budget: Largest shares of MACs and parameters; with neither, half the MACs are planned for.
+        section: Whether depth and width may be used.
 
     Raises:
         BudgetError: no combination of candidates is small enough; says what is possible.
     """
+    candidates = allowed(candidates, section)
     macs = budget.macs if budget.macs or budget.params else DEFAULT_MACS
     trades = [1.0 if budget.params is None else 0.0] if macs is None or budget.params is None else list(_TRADES)
     paths = [best_path(candidates, trade, macs or np.inf, budget.params or np.inf) for trade in trades]
@@ -65,6 +70,16 @@ def make_plan(candidates: Candidates, effects: Effects, groups: Groups, budget: 
     )
 
 
+def allowed(candidates: Candidates, section: PlanSection) -> Candidates:
+    """The candidates that the recipe lets a plan use: merges only with `depth`, narrowings only with `width`."""
+    rows = tuple(
+        row
+        for row in candidates.rows
+        if (section.depth or row.first == row.last) and (section.width or (not row.widths and row.inputs_kept == 1.0))
+    )
+    return replace(candidates, rows=rows)
+
+
 def _impossible(candidates: Candidates, macs: float | None, params: float | None) -> BudgetError:
     least = {kind: getattr(front(candidates, trade)[0], kind) for kind, trade in (("macs", 1.0), ("params", 0.0))}
     wanted = [f"budget.{name}: {value}" for name, value in (("macs", macs), ("params", params)) if value is not None]
@@ -72,7 +87,8 @@ def _impossible(candidates: Candidates, macs: float | None, params: float | None
         "no plan can meet the budget",
         found=f"the smallest possible keeps {least['macs']:.3f} of the MACs; of the parameters, {least['params']:.3f}",
         wanted=", ".join(wanted),
-        remedy="raise the budget, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, or lower plan.align",
+        remedy="raise the budget, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, "
+        "or lower plan.align",
     )
 
 
@@ -87,7 +103,9 @@ def best_path(candidates: Candidates, trade: float, macs: float, params: float) 
     """
     states, points = _sweep(candidates, trade)
     final = points[len(states) - 1]
-    fits = (final.macs <= macs * candidates.macs * (1 + 1e-9)) & (final.params <= params * candidates.params * (1 + 1e-9))
+    fits = (final.macs <= macs * candidates.macs * (1 + 1e-9)) & (
+        final.params <= params * candidates.params * (1 + 1e-9)
+    )
     if not fits.any():
         return None
     index = int(np.flatnonzero(fits)[np.argmin(final.harm[fits])])
@@ -157,7 +175,9 @@ def _step(points: _Points, candidate: Candidate, out: float, state: int, positio
 
 def _undominated(parts: Sequence[_Points], trade: float, candidates: Candidates) -> _Points:
     """Points that no other beats in cost and harm; of many nearly equal costs only the best stays."""
-    macs, params, harm = (np.concatenate([getattr(part, name) for part in parts]) for name in ("macs", "params", "harm"))
+    macs, params, harm = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("macs", "params", "harm")
+    )
     back = np.concatenate([part.back for part in parts])
     cost = trade * macs / max(candidates.macs, 1) + (1 - trade) * params / max(candidates.params, 1)
     order = np.lexsort((harm, cost))
@@ -171,7 +191,9 @@ def _undominated(parts: Sequence[_Points], trade: float, candidates: Candidates)
     return _Points(macs[order], params[order], harm[order], back[order])
 
 
-def _walk_back(candidates: Candidates, states: Sequence[State], points: dict[int, _Points], index: int) -> list[Candidate]:
+def _walk_back(
+    candidates: Candidates, states: Sequence[State], points: dict[int, _Points], index: int
+) -> list[Candidate]:
     path: list[Candidate] = []
     state = len(states) - 1
     while state != 0:
@@ -180,7 +202,9 @@ def _walk_back(candidates: Candidates, states: Sequence[State], points: dict[int
     return path
 
 
-def _decisions(path: Sequence[Candidate], candidates: Candidates, effects: Effects, groups: Groups) -> tuple[Decision, ...]:
+def _decisions(
+    path: Sequence[Candidate], candidates: Candidates, effects: Effects, groups: Groups
+) -> tuple[Decision, ...]:
     regions = effects.chain.regions
     decisions = []
     for position, candidate in enumerate(path):
@@ -191,7 +215,7 @@ def _decisions(path: Sequence[Candidate], candidates: Candidates, effects: Effec
         decisions.append(
             Decision(
                 node=span[0].name if not merged else f"{span[0].name}..{span[-1].name}",
-                kind={(0, 0): "keep", (1, 0): "merge", (0, 1): "narrow", (1, 1): "merge+narrow"}[merged, narrow],
+                kind=_kind(merged, narrow),
                 candidate=candidate,
                 outputs_kept=out,
                 evidence=_evidence(candidate, effects, groups),
@@ -204,6 +228,18 @@ def _decisions(path: Sequence[Candidate], candidates: Candidates, effects: Effec
             )
         )
     return tuple(decisions)
+
+
+def _kind(merged: bool, narrow: bool) -> Literal["keep", "merge", "narrow", "merge+narrow"]:
+    match merged, narrow:
+        case True, True:
+            return "merge+narrow"
+        case True, False:
+            return "merge"
+        case False, True:
+            return "narrow"
+        case _:
+            return "keep"
 
 
 def _evidence(candidate: Candidate, effects: Effects, groups: Groups) -> Evidence:

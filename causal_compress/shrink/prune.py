@@ -13,8 +13,8 @@ from causal_compress.progress import progress
 from causal_compress.recipe import PruneSection
 from causal_compress.results import Change, Decision, Keep, Plan, Skip, Surgery
 from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_groups, remove_channels
+from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
-from causal_compress.shrink.measure import PATH_PENALTY
 from causal_compress.shrink.repair import (
     MOST_FEATURES,
     Fitted,
@@ -92,7 +92,9 @@ class _Work:
             narrowed.append(self._narrow_group(part, group, count, tail, targets, candidate.last))
         if candidate.representative == candidate.first and candidate.adapter is None:
             self._absorb_drift(part, candidate.first, tail, entering)
-        error, penalty = self._refit_tail(part, tail, targets, last=candidate.last == len(self.front.network.regions) - 1)
+        error, penalty = self._refit_tail(
+            part, tail, targets, last=candidate.last == len(self.front.network.regions) - 1
+        )
         rise = self.front.advance(part)
         if narrowed:
             self.changes.append(
@@ -196,13 +198,17 @@ class _Work:
         if norm is None and fetch(part, layer).bias is None:
             self.biased.append(layer)
 
-    def _refit_tail(self, part: fx.GraphModule, tail: Tail | str, targets: list[Tensor], *, last: bool) -> tuple[float | None, float | None]:
+    def _refit_tail(
+        self, part: fx.GraphModule, tail: Tail | str, targets: list[Tensor], *, last: bool
+    ) -> tuple[float | None, float | None]:
         """Solve the part's last affine layer anew if held-out error falls; returns its relative error and penalty."""
         if isinstance(tail, str) or not targets or (last and self.section.head_refit == "never"):
             return None, None
         weight, bias = current_affine(part, tail.affine, tail.norm)
         if len(weight) > MOST_FEATURES:
-            self.skips.append(Skip(what=f"refit of {tail.affine}", reason=f"{len(weight)} inputs (limit {MOST_FEATURES})"))
+            self.skips.append(
+                Skip(what=f"refit of {tail.affine}", reason=f"{len(weight)} inputs (limit {MOST_FEATURES})")
+            )
             return None, None
         sums = tail_equations(part, tail, self.front.student, targets)
         solution = sums.solve(self.section.penalties, weight)
@@ -257,7 +263,9 @@ def reestimate_batch_norms(graph: nn.Module, inputs: Sequence[Tensor]) -> bool:
     Returns:
         Whether there was any batch norm.
     """
-    norms = [module for module in graph.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None]
+    norms = [
+        module for module in graph.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+    ]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:

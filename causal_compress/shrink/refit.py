@@ -1,7 +1,7 @@
 """Closed forms: normal equations, ridge regression towards given weights, and the surgeon's greedy channel path.
 
-Numerics only: tensors and numbers in, tensors and numbers out. Everything is centred, so biases are never penalised and the
-mean of a removed channel moves into the bias by itself.
+Numerics only: tensors and numbers in, tensors and numbers out. Everything is centred, so biases are never penalised
+and the mean of a removed channel moves into the bias by itself.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class NormalEquations:
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Mean squared error per row, summed over targets, of t = z W + b."""
         cross = (weight * self.zt).sum() + bias @ self.sum_t
-        square = (weight * (self.zz @ weight)).sum() + 2 * bias @ (weight.T @ self.sum_z) + self.rows * bias.square().sum()
+        square = (
+            (weight * (self.zz @ weight)).sum() + 2 * bias @ (weight.T @ self.sum_z) + self.rows * bias.square().sum()
+        )
         return float((self.tt.sum() - 2 * cross + square) / self.rows)
 
     def target_variance(self) -> float:
@@ -188,7 +190,7 @@ def surgeon_path(consumers: Sequence[Consumer], counts: Iterable[int]) -> dict[i
 
     Source: Hassibi and Stork 1993 (optimal brain surgeon), with blocks in place of single weights.
     """
-    wanted = sorted({count for count in counts}, reverse=True)
+    wanted = sorted(set(counts), reverse=True)
     states = [_State(consumer) for consumer in consumers]
     alive = torch.arange(len(consumers[0].columns))
     kept: dict[int, Tensor] = {count: alive for count in wanted if count >= len(alive)}
@@ -222,7 +224,8 @@ class _State:
         blocks = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
         weight = self.weight[columns]
         weighed = weight if self.metric is None else weight @ self.metric
-        return (torch.linalg.solve(blocks, weight) * weighed).sum((1, 2))
+        solved: Tensor = torch.linalg.solve(blocks, weight)
+        return (solved * weighed).sum((1, 2))
 
     def remove(self, gone: Tensor) -> None:
         """Take channels out: the rest of the solution makes up for them."""
@@ -246,7 +249,7 @@ def sample_rows(layer: nn.Module, x: Tensor, y: Tensor, most: int, seed: int) ->
         seed: Of the choice.
 
     Returns:
-        (rows, features) and (rows, targets); features are ordered as in the flattened weight: channel, then kernel position.
+        (rows, features) and (rows, targets); features in the flattened weight's order: channel, then kernel position.
     """
     if isinstance(layer, nn.Conv2d):
         windows, targets = _windows(layer, x), y.permute(0, 2, 3, 1)
@@ -262,7 +265,7 @@ def sample_rows(layer: nn.Module, x: Tensor, y: Tensor, most: int, seed: int) ->
 
 
 def _windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A view of the patches that a convolution reads (samples, height, width, channels, kernel height, kernel width)."""
+    """A view of the patches that a convolution reads (samples, height, width, channels, kernel height, width)."""
     vertical, horizontal = (int(size) for size in layer.padding)
     padded = F.pad(x, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x
     for axis in (0, 1):
@@ -276,11 +279,13 @@ def weight_matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:
     return layer.weight.detach().flatten(1).T.double()
 
 
-def write_affine(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, solution: tuple[Tensor, Tensor], z: NormalEquations) -> None:
+def write_affine(
+    layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, solution: tuple[Tensor, Tensor], z: NormalEquations
+) -> None:
     """Put a solution into a layer, and into the batch norm behind it so that both together compute exactly it.
 
-    The batch norm's running statistics become those of the layer's new output and its scale the standard deviation, so that
-    it also behaves in training mode as it does in evaluation mode.
+    The batch norm's running statistics become those of the layer's new output and its scale the standard deviation, so
+    that it also behaves in training mode as it does in evaluation mode.
 
     Args:
         layer: Changed in place; gets a bias where no batch norm follows.
@@ -289,9 +294,8 @@ def write_affine(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, solution:
         z: Sums over the features that the solution was fitted on.
     """
     weight, bias = solution
-    shape = (weight.shape[1], *layer.weight.shape[1:]) if isinstance(layer, nn.Conv2d) else (weight.shape[1], len(weight))
-    if isinstance(layer, nn.Conv2d):
-        shape = (weight.shape[1], -1, *layer.kernel_size)  # type: ignore[assignment]
+    kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else ()
+    shape = (weight.shape[1], -1, *kernel)
     with torch.no_grad():
         layer.weight = nn.Parameter(weight.T.reshape(shape).to(layer.weight.dtype).contiguous())
         if norm is None:
@@ -329,6 +333,8 @@ def effective_affine(layer: nn.Conv2d | nn.Linear, norm: nn.Module | None) -> tu
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    gain = (norm.running_var.double() + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.detach().double())
+    gain = (norm.running_var.double() + norm.eps).rsqrt() * (
+        1.0 if norm.weight is None else norm.weight.detach().double()
+    )
     shift = 0.0 if norm.bias is None else norm.bias.detach().double()
     return weight * gain, (bias - norm.running_mean.double()) * gain + shift

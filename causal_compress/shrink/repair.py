@@ -40,7 +40,7 @@ class Site:
 
 
 def find_site(part: fx.GraphModule, layer: str) -> Site:
-    """Where a layer of a part reads and writes; the output is taken behind its batch norm where one follows directly."""
+    """Where a layer of a part reads and writes; the output is taken behind its batch norm where one follows."""
     node = next(node for node in part.graph.nodes if node.op == "call_module" and str(node.target) == layer)
     follower = next(iter(node.users)) if len(node.users) == 1 else None
     module = part.get_submodule(str(follower.target)) if follower is not None and follower.op == "call_module" else None
@@ -123,7 +123,7 @@ def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: 
 
 def rows_wanted(layer: nn.Module) -> int:
     """How many rows make the normal equations of a layer: more positions of the same images add little."""
-    features = layer.weight[0].numel()  # type: ignore[index, operator]
+    features = layer.weight[0].numel()  # type: ignore[index]
     return max(FEWEST_ROWS, ROWS_PER_FEATURE * int(features))
 
 
@@ -176,7 +176,9 @@ def masked(solution: Solution, kept: Tensor, features: int) -> tuple[Tensor, Ten
     return weight, solution.bias
 
 
-def write_solution(part: fx.GraphModule, layer: str, norm: str | None, solution: tuple[Tensor, Tensor], sums: NormalEquations) -> None:
+def write_solution(
+    part: fx.GraphModule, layer: str, norm: str | None, solution: tuple[Tensor, Tensor], sums: NormalEquations
+) -> None:
     """Put a refitted affine map into a part's layer and batch norm (in place)."""
     write_affine(fetch(part, layer), None if norm is None else fetch(part, norm), solution, sums)
 

@@ -8,8 +8,8 @@ from torch import fx
 from causal_compress.progress import progress
 from causal_compress.recipe import RewriteSection
 from causal_compress.results import Change, Decision, Plan, Skip
+from causal_compress.shrink.choice import project
 from causal_compress.shrink.front import Front
-from causal_compress.shrink.measure import project
 from causal_compress.shrink.repair import MOST_FEATURES, current_affine, tail_equations, write_solution
 from causal_compress.shrink.surgery import Student, assemble, merges_of
 from causal_compress.understand.graph import fetch
@@ -57,7 +57,9 @@ def rewrite(
     return Student(student.graph, student.parts, student.sites, student.ends, surgery), tuple(changes), tuple(skips)
 
 
-def _project(network: Network, decision: Decision, part: fx.GraphModule, front: Front, entering: list[torch.Tensor], start: int) -> None:
+def _project(
+    network: Network, decision: Decision, part: fx.GraphModule, front: Front, entering: list[torch.Tensor], start: int
+) -> None:
     """Fit the adapter to what the representative gets in the teacher."""
     candidate = decision.candidate
     wanted = entering

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from causal_compress.errors import TraceError
@@ -19,7 +21,7 @@ from causal_compress.understand.trace import Network
 
 @dataclass(frozen=True)
 class Student:
-    """The network that comes out: one graph, the parts that it is composed of (sharing its modules), and how it came about.
+    """The network that comes out: one graph, the parts that it is composed of (sharing its modules), and its history.
 
     `sites` names the graph's node at the end of each part; `ends` the teacher's region that each part ends with.
     """
@@ -112,3 +114,14 @@ def copied(student: Student) -> Student:
     parts = tuple(copy.deepcopy(part) for part in student.parts)
     graph, sites = compose_with_ends(parts)
     return Student(graph.eval(), parts, sites, student.ends, student.surgery)
+
+
+def boundaries(student: Student, network: Network, plan: Plan) -> list[tuple[str, str]]:
+    """Cut points that student and teacher share in full width: pairs of graph nodes (student's, teacher's)."""
+    pairs = zip(student.sites, student.ends, plan.decisions, strict=True)
+    return [(site, network.sites[end]) for site, end, decision in pairs if decision.outputs_kept == 1.0][:-1]
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a state dict as safetensors."""
+    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, path)

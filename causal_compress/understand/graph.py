@@ -38,7 +38,7 @@ def make_pure(graph: fx.GraphModule) -> None:
                 source.replace_all_uses_with(node, lambda user, after=position: order[user] > after)
     for module in graph.modules():
         if getattr(module, "inplace", None) is True:
-            module.inplace = False
+            module.__dict__["inplace"] = False
     graph.recompile()
 
 
@@ -156,7 +156,7 @@ def compose_with_ends(parts: Sequence[fx.GraphModule]) -> tuple[fx.GraphModule, 
                 value = mapping[node.args[0]]
                 names.append(value.name)
             else:
-                mapping[node] = whole.node_copy(node, lambda source, known=mapping: known[source])
+                mapping[node] = whole.node_copy(node, mapping.__getitem__)
                 if node.op in ("call_module", "get_attr"):
                     attributes[str(node.target)] = fetch(part, str(node.target))
     whole.output(value)

@@ -59,7 +59,6 @@ def group(effects: Effects, section: GroupSection, *, seed: int) -> Groups:
         fisher=fisher_segments(cka, len(chosen.nodes)),
         null_cka_mean=float(null.mean()),
         null_cka_max=float(null.max()),
-        random_init_cka_mean=None,
         inputs=effects.inputs,
         stable=chosen.stability_ari is not None and chosen.stability_ari >= _STABLE_ARI,
     )

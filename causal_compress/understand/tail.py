@@ -1,13 +1,14 @@
 """Where a region ends: its last affine layer, the skip branch added to it, and what follows.
 
-A region's output is post( T( affine(features) ) + skip ), where T (a batch norm, a permutation, a layer scale) can be undone
-or folded. So a target for the output before `post` is a target for the affine layer, which is what a refit needs.
+A region's output is post( T( affine(features) ) + skip ), where T (a batch norm, a permutation, a layer scale) can be
+undone or folded. So a target for the output before `post` is a target for the affine layer: what a refit needs.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,10 +68,10 @@ def find_tail(piece: fx.GraphModule) -> Tail | str:
         branch, walked = max(tails, key=lambda item: len(ancestors(item[0])))
         skip = next((other for other in node.all_input_nodes if other is not branch), None)
         return _tail(piece, walked, skip, node)
-    walked = _walk_back(piece, node)
-    if walked is None:
+    straight = _walk_back(piece, node)
+    if straight is None:
         return f"it ends with {describe(piece, node)}, which is not affine"
-    return _tail(piece, walked, None, node)
+    return _tail(piece, straight, None, node)
 
 
 def _tail(piece: fx.GraphModule, walked: list[fx.Node], skip: fx.Node | None, pre: fx.Node) -> Tail:
@@ -101,7 +102,7 @@ def _walk_back(piece: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
 
 
 def is_affine(module: nn.Module | None) -> bool:
-    """Whether a closed-form refit of the module exists: an ungrouped 2-d convolution with zero padding, or a linear layer."""
+    """Whether a closed-form refit of the module exists: a linear layer, or an ungrouped, zero-padded Conv2d."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -136,10 +137,11 @@ def _is_permute(piece: fx.GraphModule, node: fx.Node) -> bool:
 def _permutation(piece: fx.GraphModule, node: fx.Node) -> list[int] | None:
     module = get_module(piece, node)
     if type(module).__name__ == "Permute":
-        return list(module.dims)  # type: ignore[union-attr, arg-type]
+        dims: Any = getattr(module, "dims")  # noqa: B009  (torchvision's Permute is not imported for its type)
+        return [int(dim) for dim in dims]
     if node.op == "call_method" and node.target == "permute":
-        dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        return [int(dim) for dim in dims]  # type: ignore[arg-type, union-attr]
+        order: Any = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+        return [int(dim) for dim in order]
     return None
 
 

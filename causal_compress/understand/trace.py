@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -157,7 +158,7 @@ def analyse(graph: fx.GraphModule, example_input: Tensor, untraced: tuple[Skip, 
     boundaries = _coarsen(graph, cuts)
     regions: list[Region] = []
     activation = example_input
-    for entry, exit_ in zip(boundaries, boundaries[1:], strict=False):
+    for entry, exit_ in pairwise(boundaries):
         module = extract(graph, entry, exit_)
         with torch.no_grad():
             output = module(activation)
@@ -180,21 +181,17 @@ def _cut_points(graph: fx.GraphModule, batch: int) -> list[fx.Node]:
 
 
 def _is_activation(node: fx.Node, batch: int) -> bool:
-    meta = node.meta.get("tensor_meta")
-    return (
-        hasattr(meta, "shape")
-        and hasattr(meta, "dtype")
-        and meta.dtype.is_floating_point
-        and len(meta.shape) > 1
-        and meta.shape[0] == batch
-    )
+    meta: Any = node.meta.get("tensor_meta")
+    if not (hasattr(meta, "shape") and hasattr(meta, "dtype")):
+        return False
+    return meta.dtype.is_floating_point and len(meta.shape) > 1 and meta.shape[0] == batch
 
 
 def _coarsen(graph: fx.GraphModule, cuts: list[fx.Node]) -> list[fx.Node]:
     """Keep the cut points before which the next layer with weights, or a change of shape, begins."""
     kept = [cuts[0]]
     heavy_inside = False
-    for before, after in zip(cuts, cuts[1:], strict=False):
+    for before, after in pairwise(cuts):
         piece = extract(graph, before, after)
         heavy = any(isinstance(get_module(piece, node), HEAVY) for node in piece.graph.nodes) or _is_opaque(piece)
         same_shape = _shape(before) == _shape(after)

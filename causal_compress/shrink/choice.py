@@ -1,0 +1,197 @@
+"""One representative for one span: refitted at any width, put into the teacher's place, and measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from causal_compress.results import Candidate
+from causal_compress.shrink.channels import ChannelGroup
+from causal_compress.shrink.costs import layer_costs, part_costs
+from causal_compress.shrink.parts import Adapter
+from causal_compress.shrink.repair import (
+    MOST_FEATURES,
+    Fitted,
+    accumulate,
+    current_affine,
+    feature_columns,
+    find_site,
+    kept_channels,
+    masked,
+    reader_equations,
+    tail_equations,
+    write_solution,
+)
+from causal_compress.shrink.widths import aligned
+from causal_compress.understand.graph import fetch, observer
+from causal_compress.understand.tail import find_tail
+
+if TYPE_CHECKING:
+    from causal_compress.shrink.measure import Sweep
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+PATH_PENALTY = 1e-3
+
+Known = tuple[Fitted, tuple[Tensor, Tensor]]
+
+
+class Choice:
+    """One representative for one span, with the normal equations of all its layers on the teacher's activations."""
+
+    def __init__(
+        self, sweep: Sweep, first: int, last: int, representative: int, adapter: Adapter | None, part: fx.GraphModule
+    ) -> None:
+        self.sweep, self.first, self.last = sweep, first, last
+        self.representative, self.adapter, self.part = representative, adapter, part
+        tail = find_tail(part)
+        self.tail = None if isinstance(tail, str) else tail
+        if adapter == "project":
+            self._fit_projection()
+        self.groups = sweep.widths.inner.get(representative, [])
+        self.cut = sweep.widths.cuts.get(first - 1)
+        self.costs = layer_costs(part, sweep.heldout[0][:1])
+        self.fitted: dict[str, Known] = {}
+        self.paths: dict[str, dict[int, Tensor]] = {}
+        self.error = 0.0
+        if first != last:
+            assert self.tail is not None
+            self._fit_tail()
+            self.error = self._weighed_error()
+
+    def _fit_projection(self) -> None:
+        name = f"adapter_{self.first}_{self.last}"
+        wanted = self.sweep.fit
+        for index in range(self.first, self.representative):
+            self.sweep.targets(index)
+            wanted = self.sweep.ahead[index][1]
+        project(self.part, name, self.sweep.fit, wanted)
+
+    def _fit_tail(self) -> Known:
+        assert self.tail is not None
+        name = self.tail.affine
+        if name not in self.fitted:
+            targets = self.sweep.targets(self.last)
+            assert targets
+            sums = tail_equations(self.part, self.tail, self.sweep.fit, targets)
+            self.fitted[name] = (sums, self._solve(sums, name, self.tail.norm))
+        return self.fitted[name]
+
+    def _solve(self, sums: Fitted, layer: str, norm: str | None) -> tuple[Tensor, Tensor]:
+        weight, _ = current_affine(self.part, layer, norm)
+        if len(weight) > MOST_FEATURES or (self.first == self.last):
+            return current_affine(self.part, layer, norm)
+        solution = sums.solve(PENALTIES, weight if self.adapter != "reshape" else None)
+        return solution.weight, solution.bias
+
+    def _weighed_error(self) -> float:
+        """Held-out error of the refitted tail relative to the targets' variance."""
+        sums, (weight, bias) = self._fit_tail()
+        return sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
+
+    def _reader(self, layer: str) -> Known:
+        if self.tail is not None and layer == self.tail.affine:
+            return self._fit_tail()
+        if layer not in self.fitted:
+            site = find_site(self.part, layer)
+            sums = reader_equations(self.part, site, self.sweep.fit)
+            self.fitted[layer] = (sums, self._solve(sums, layer, site.norm))
+        return self.fitted[layer]
+
+    def _metric(self, layer: str) -> Tensor | None:
+        is_tail = self.tail is not None and layer == self.tail.affine
+        return self.sweep.metrics.get(self.last) if is_tail else None
+
+    def measured(self, widths: dict[str, int], inputs_kept: float) -> Candidate:
+        """Refit at given widths, put the part into the teacher's place, and read the output's KL."""
+        part = copy.deepcopy(self.part)
+        error = self.error
+        if self.first != self.last:
+            self._write(part, self.tail.affine, None)  # type: ignore[union-attr]
+        for group in self.groups:
+            if group.producer in widths:
+                readers = [(reader.layer, self._columns(reader.layer, group)) for reader in group.readers]
+                error = max(error, self._narrow(part, readers, widths[group.producer]))
+        if inputs_kept < 1.0:
+            assert self.cut is not None
+            assert self.tail is not None
+            channels = self.cut.channels
+            columns = feature_columns(fetch(part, self.tail.affine), None, channels, len(self._fit_tail()[1][0]))
+            error = max(error, self._narrow(part, [(self.tail.affine, columns)], round(inputs_kept * channels)))
+        harm, stderr = self.sweep.harm(part, self.last)
+        shares = _fractions(self.groups, widths)
+        if inputs_kept < 1.0 and self.tail is not None:
+            shares[self.tail.affine] = (inputs_kept, shares.get(self.tail.affine, (1.0, 1.0))[1])
+        return Candidate(
+            first=self.first,
+            last=self.last,
+            representative=self.representative,
+            adapter=self.adapter,
+            inputs_kept=inputs_kept,
+            widths=widths,
+            **part_costs(self.costs, shares, self._writers()),
+            harm_kl=harm,
+            harm_stderr=stderr,
+            relative_error=error,
+        )
+
+    def _writers(self) -> set[str]:
+        if self.tail is None or self.last not in self.sweep.widths.cuts:
+            return set()
+        return {self.tail.affine, self.tail.norm or self.tail.affine}
+
+    def _columns(self, layer: str, group: ChannelGroup) -> Tensor:
+        reader = next(reader for reader in group.readers if reader.layer == layer)
+        return feature_columns(fetch(self.part, layer), reader, group.channels, len(self._reader(layer)[1][0]))
+
+    def _narrow(self, part: fx.GraphModule, readers: Sequence[tuple[str, Tensor]], count: int) -> float:
+        """Zero the columns that the surgeon gives up, refit the others; returns the worst relative error."""
+        known = [(self._reader(layer), layer, columns) for layer, columns in readers]
+        kept = self._kept(known, len(readers[0][1]))[count]
+        worst = 0.0
+        for (sums, solution), layer, columns in known:
+            stays = columns[kept].flatten().sort().values
+            refitted = sums.select(stays).solve(PENALTIES, solution[0][stays])
+            self._write(part, layer, masked(refitted, stays, len(solution[0])))
+            worst = max(worst, refitted.relative_error)
+        return worst
+
+    def _kept(self, known: Sequence[tuple[Known, str, Tensor]], channels: int) -> dict[int, Tensor]:
+        """Which channels stay at every width of the recipe; one greedy path serves all."""
+        key = ",".join(layer for _, layer, _ in known)
+        if key not in self.paths:
+            counts = {aligned(channels, share, self.sweep.section) for share in self.sweep.section.widths}
+            readers = [
+                (sums.both(), solution[0], columns, self._metric(layer)) for (sums, solution), layer, columns in known
+            ]
+            self.paths[key] = kept_channels(readers, sorted(counts), PATH_PENALTY)
+        return self.paths[key]
+
+    def _write(self, part: fx.GraphModule, layer: str, solution: tuple[Tensor, Tensor] | None) -> None:
+        sums, fitted = self._reader(layer)
+        is_tail = self.tail is not None and layer == self.tail.affine
+        norm = self.tail.norm if is_tail and self.tail is not None else find_site(part, layer).norm
+        write_solution(part, layer, norm, fitted if solution is None else solution, sums.both())
+
+
+def project(part: fx.GraphModule, name: str, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Fit an adapter so that its representative gets what it got in the teacher (in place)."""
+    site = find_site(part, name)
+    watch = observer(part, [site.features])
+    sums = accumulate(fetch(part, name), ((watch(x)[0], y) for x, y in zip(inputs, wanted, strict=True)), len(inputs))
+    solution = sums.solve(PENALTIES, None)
+    write_solution(part, name, None, (solution.weight, solution.bias), sums.both())
+
+
+def _fractions(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> dict[str, tuple[float, float]]:
+    """For each layer the shares of inputs and outputs that stay."""
+    shares: dict[str, tuple[float, float]] = {}
+    for group in groups:
+        share = widths.get(group.producer, group.channels) / group.channels
+        for layer in (*group.writers, *group.passing):
+            shares[layer] = (shares.get(layer, (1.0, 1.0))[0], share)
+        for reader in group.readers:
+            shares[reader.layer] = (share, shares.get(reader.layer, (1.0, 1.0))[1])
+    return shares

@@ -1,0 +1,59 @@
+"""Which calibration inputs are for fitting and which for reading harm; plain and intervened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from causal_compress.inputs.data import Features, Split
+from causal_compress.recipe import InterveneSection, PlanSection
+from causal_compress.understand.intervene import intervened
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Chunks of calibration inputs.
+
+    Attributes:
+        fit: Plain and intervened inputs in alternation, for the candidates' normal equations.
+        heldout: The same from other inputs, on which harm is read; never fitted on.
+        surgery: All plain inputs that are not held out, for the refits of the surgery itself.
+    """
+
+    fit: list[Tensor]
+    heldout: list[Tensor]
+    surgery: list[Tensor]
+
+
+def draw_probe(split: Split, features: Features, section: PlanSection, intervene: InterveneSection, seed: int) -> Probe:
+    """Calibration inputs for candidates: disjoint for fitting and scoring, every second input intervened.
+
+    Args:
+        split: Calibration split.
+        features: What an intervention masks.
+        section: How many inputs.
+        intervene: Grid, fraction and baselines of the interventions.
+        seed: Of the masks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    plain = [x for x, _ in split.batches(CHUNK)]
+    held = max(1, min(len(plain) // 3, -(-section.heldout // CHUNK)))
+    fitted = max(1, min(len(plain) - held, -(-section.inputs // CHUNK)))
+
+    def mixed(x: Tensor) -> Tensor:
+        changed = intervened(
+            x,
+            features,
+            grid=intervene.grid,
+            fraction=intervene.fraction,
+            baselines=intervene.baselines,
+            generator=generator,
+        )
+        every_second = (torch.arange(len(x)) % 2 == 1).reshape(-1, *[1] * (x.ndim - 1))
+        return torch.where(every_second, changed, x)
+
+    return Probe([mixed(x) for x in plain[held:][:fitted]], [mixed(x) for x in plain[:held]], plain[held:] or plain)

@@ -1,0 +1,91 @@
+"""What can be narrowed, and to how many channels."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from causal_compress.recipe import PlanSection
+from causal_compress.results import Skip
+from causal_compress.shrink.channels import ChannelGroup, find_groups
+from causal_compress.shrink.repair import inner_groups
+from causal_compress.understand.tail import find_tail
+from causal_compress.understand.trace import Network
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What can be narrowed: groups inside regions by region, and the group of a cut point by the region before it."""
+
+    inner: dict[int, list[ChannelGroup]]
+    cuts: dict[int, ChannelGroup]
+    skipped: tuple[Skip, ...]
+
+
+def find_widths(network: Network, section: PlanSection) -> Widths:
+    """Which channel groups each region can lose, and which cut points can be narrowed.
+
+    Args:
+        network: The teacher.
+        section: Include and exclude patterns on module names.
+    """
+    groups, skips = find_groups(network.graph, network.example_input)
+    allowed = [group for group in groups if is_allowed(group.producer, section)]
+    refused = [
+        Skip(what=f"width of {g.producer}", reason="excluded by plan.include/exclude")
+        for g in groups
+        if g not in allowed
+    ]
+    inner = {region.info.index: inner_groups(allowed, region.info.modules) for region in network.regions}
+    placed = {group.producer for found in inner.values() for group in found}
+    cuts: dict[int, ChannelGroup] = {}
+    for group in allowed:
+        if group.producer in placed:
+            continue
+        index = _cut_of(network, group)
+        if isinstance(index, str):
+            refused.append(Skip(what=f"width of {group.producer}", reason=index))
+        else:
+            cuts[index] = group
+    return Widths(inner, cuts, (*skips, *refused))
+
+
+def is_allowed(name: str, section: PlanSection) -> bool:
+    """Whether include and exclude patterns let a module change."""
+    included = any(fnmatch.fnmatch(name, pattern) for pattern in section.include)
+    return included and not any(fnmatch.fnmatch(name, pattern) for pattern in section.exclude)
+
+
+def _cut_of(network: Network, group: ChannelGroup) -> int | str:
+    """The region whose output has exactly this group as channels, read by the next region's last layer alone."""
+    for before, after in pairwise(network.regions):
+        if group.producer not in before.info.modules:
+            continue
+        tail, next_tail = find_tail(before.module), find_tail(after.module)
+        if isinstance(tail, str) or isinstance(next_tail, str):
+            break
+        inside = {*before.info.modules, *after.info.modules}.issuperset(group.passing)
+        alone = group.writers == (tail.affine,) and [reader.layer for reader in group.readers] == [next_tail.affine]
+        if alone and inside and tail.skip is None:
+            return before.info.index
+        break
+    return (
+        f"its channels are shared along the chain ({len(group.writers)} writers, "
+        f"{len({reader.layer for reader in group.readers})} readers); only groups of one region are narrowed"
+    )
+
+
+def level_counts(channels: Sequence[int], section: PlanSection) -> list[tuple[int, ...]]:
+    """Channel counts of some groups at each width of the recipe, aligned; full width is left out."""
+    if not channels:
+        return []
+    levels = [tuple(aligned(count, share, section) for count in channels) for share in section.widths]
+    return [counts for counts in dict.fromkeys(levels) if counts != tuple(channels)]
+
+
+def aligned(channels: int, share: float, section: PlanSection) -> int:
+    """The multiple of `align` nearest to a share of channels, within [min_channels, channels]."""
+    count = max(section.align, round(channels * share / section.align) * section.align)
+    return min(channels, max(count, section.min_channels))

@@ -1,0 +1,75 @@
+"""The teacher before anything is done to it: its fingerprint, its accuracy, and whether that makes sense."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from causal_compress.errors import TeacherError, TraceError
+from causal_compress.inputs.data import Data, Split
+from causal_compress.recipe import DataSection
+from causal_compress.results import Accuracy, TeacherScore
+from causal_compress.understand.cost import count_macs, count_params
+from causal_compress.understand.statistics import wilson
+from causal_compress.understand.trace import Network
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Fingerprint of all parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(
+            value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            if value.ndim
+            else repr(value.item()).encode()
+        )
+    return digest.hexdigest()
+
+
+def accuracy(model: nn.Module, split: Split) -> Accuracy:
+    """Accuracy of a model on a split, with a Wilson interval."""
+    with torch.no_grad():
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in split.batches(250))
+    return wilson(correct, len(split))
+
+
+def score_teacher(network: Network, data: Data) -> TeacherScore:
+    """Measure the teacher on the validation split, before anything else."""
+    example = data.example_input
+    logits = network.regions[-1].info.output_shape[-1]
+    if logits != len(data.classes):
+        raise TraceError(
+            "the model and the data have different numbers of classes",
+            found=f"{logits} logits, {len(data.classes)} classes in the data",
+            wanted="one logit per class",
+            remedy="set model.args (num_classes) or data.target_groups so that they agree",
+        )
+    labels = data.validation.labels
+    chance = float(torch.bincount(labels).max()) / len(labels) * 100
+    return TeacherScore(
+        accuracy=accuracy(network.graph, data.validation),
+        chance_pct=chance,
+        macs=count_macs(network.graph, example[:1]),
+        params=count_params(network.graph),
+        size_bytes=sum(value.numel() * value.element_size() for value in network.graph.state_dict().values()),
+        classes=len(data.classes),
+    )
+
+
+def refuse_near_chance(teacher: TeacherScore, section: DataSection, *, force: bool) -> None:
+    """Stop at a teacher that is hardly better than always guessing the commonest class."""
+    least = teacher.chance_pct + 0.1 * (100 - teacher.chance_pct)
+    if teacher.accuracy.pct >= least or force:
+        return
+    normalize = section.normalize
+    raise TeacherError(
+        "the teacher is near chance: wrong preprocessing?",
+        found=f"{teacher.accuracy.pct:.1f} % on {teacher.accuracy.n} validation inputs; "
+        f"the commonest class gives {teacher.chance_pct:.1f} %",
+        wanted=f"at least {least:.1f} %",
+        remedy=f"check data.normalize (now mean {normalize.mean}, std {normalize.std}), data.image_size, "
+        "the order of the classes, and that model.weights is set; --force goes on all the same",
+    )
