@@ -1,12 +1,13 @@
 """Gives the command line inputs that are wrong in many ways, and records what it says, its exit code, and what is lost.
 
     python benchmarks/bad_inputs.py            # writes benchmarks/results/bad_inputs.json and docs/bad-inputs.md
-    python benchmarks/bad_inputs.py --only tab # runs the cases whose title holds `tab`, prints, writes nothing
+    python benchmarks/bad_inputs.py --quick    # all in one process, without mounts; prints, writes nothing
+    python benchmarks/bad_inputs.py --only tab # the cases whose title holds `tab`; prints, writes nothing
 
 The cases stand in `bad_input_cases.py`. Each gets a folder of its own with a small network for scikit-learn's digits,
 its weights and a quick recipe, makes its bad input there, and runs one command. Most run in this process through
 `causal_compress.cli.main`, some as a process of their own. Full and read-only disks are small mounts; where mounting is
-not allowed (or not wanted, as in the tests), the system call that would fail is made to fail instead.
+not allowed, or not wanted, the system call that would fail is made to fail instead.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-from bad_input_cases import CASES, RECIPE, Case, Place, compress, mounted, start
+from bad_input_cases import CASES
+from bad_input_parts import RECIPE, Case, Place, compress, mounted, start
 
 from causal_compress.cli import main as command_line
 from causal_compress.provenance import machine
@@ -64,18 +66,17 @@ def main() -> int:
     """Run the cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", help="only titles that hold it; nothing is written then")
-    only = parser.parse_args().only
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+    parser.add_argument("--quick", action="store_true", help="one process, no mounts; nothing is written then")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
         sound = prepare(Path(temporary) / "sound")
-        may_mount = _can_mount(Path(temporary) / "trial")
         rows = []
         for number, (group, case) in enumerate(cases()):
-            if only is not None and only not in case.title:
+            if given.only is not None and given.only not in case.title:
                 continue
-            rows.append(run_case(group, case, Path(temporary) / str(number), sound, may_mount=may_mount))
-            print(_told(rows[-1], whole=only is not None), flush=True)
-        stack.close()
-    if only is None:
+            rows.append(run_case(group, case, Path(temporary) / str(number), sound, quick=given.quick))
+            print(_told(rows[-1], whole=given.only is not None), flush=True)
+    if given.only is None and not given.quick:
         write(rows)
     return int(any(row.faults or row.lost for row in rows))
 
@@ -99,7 +100,7 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def run_case(group: str, case: Case, folder: Path, sound: Path, *, may_mount: bool) -> Row:
+def run_case(group: str, case: Case, folder: Path, sound: Path, *, quick: bool) -> Row:
     """Make one bad input and run its command.
 
     Args:
@@ -107,15 +108,17 @@ def run_case(group: str, case: Case, folder: Path, sound: Path, *, may_mount: bo
         case: What is wrong.
         folder: Is made.
         sound: From `prepare`.
-        may_mount: Whether small file systems may be mounted.
+        quick: Whether to start no process and mount nothing.
     """
     folder.mkdir()
     for name in ("teacher.pt", "recipe.yaml"):
         shutil.copyfile(sound / name, folder / name)
     with ExitStack() as undo:
+        may_mount = not quick and _can_mount(folder / "trial")
         arguments = case.make(Place(folder, undo, sound / "run", may_mount))
         before = fingerprints(folder)
-        code, said = (_child if case.child else _in_process)(arguments, folder, case.absent)
+        own = case.child and not quick
+        code, said = (_child if own else _in_process)(arguments, folder, case.absent)
         lost = tuple(losses(folder, before))
     message = _message(said).replace(str(folder), "$PWD").replace(str(ROOT), "$ROOT")
     return Row(
@@ -128,7 +131,7 @@ def run_case(group: str, case: Case, folder: Path, sound: Path, *, may_mount: bo
         traceback="Traceback" in said,
         lost=lost,
         faults=tuple(_faults(case, code, said)),
-        process="own" if case.child else "shared",
+        process="own" if own else "shared",
     )
 
 
@@ -199,7 +202,8 @@ def _in_process(arguments: Sequence[str], folder: Path, absent: Sequence[str]) -
 
 
 def _child(arguments: Sequence[str], folder: Path, absent: Sequence[str]) -> tuple[int, str]:
-    code = f"import sys; sys.modules.update(dict.fromkeys({list(absent)})); from causal_compress.cli import main; sys.exit(main())"
+    hide = f"import sys; sys.modules.update(dict.fromkeys({list(absent)}))"
+    code = f"{hide}; from causal_compress.cli import main; sys.exit(main())"
     start_as = ["-c", code] if absent else ["-m", "causal_compress"]
     done = subprocess.run(
         [sys.executable, *start_as, *arguments],
@@ -253,12 +257,14 @@ def document(rows: Sequence[dict[str, object]]) -> str:
     parts = [
         "# What bad inputs get",
         "<!-- Written by benchmarks/bad_inputs.py from benchmarks/results/bad_inputs.json: change those, not this. -->",
-        f"{len(rows)} inputs, each wrong in one way, given to the real command line. Every one of them must end with the "
-        f"right exit code (1 error, 2 wrong usage or recipe, 3 budget) and one message of at most {MOST_LINES} lines that "
-        "says what is wrong and what to do, without a traceback, and must leave every file as it was and every finished "
-        "stage of a run whole. `$PWD` stands for the folder in which the command ran.",
-        "\n".join(["| input | exit code | lines | traceback | lost |", "|---|---:|---:|---|---|", *map(_table_row, rows)]),
-        "Where a command names nothing else, it has this `recipe.yaml`, a sound `teacher.pt`, and scikit-learn's digits:",
+        f"{len(rows)} inputs, each wrong in one way, given to the real command line. Each must end with the right exit "
+        f"code (1 error, 2 wrong usage or recipe, 3 budget) and at most {MOST_LINES} lines that say what is wrong and "
+        "what to do, without a traceback. Every file must stay as it was, and every finished stage of a run whole. "
+        "`$PWD` stands for the folder in which the command ran.",
+        "\n".join(
+            ["| input | exit code | lines | traceback | lost |", "|---|---:|---:|---|---|", *map(_table_row, rows)]
+        ),
+        "What a command does not name comes from this `recipe.yaml`; its `teacher.pt` is sound:",
         f"```yaml\n{RECIPE}```",
     ]
     for group in CASES:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from causal_compress.errors import RunFolderError
 from causal_compress.explain import drawings, formats
 from causal_compress.recipe import Recipe
 from causal_compress.results import (
@@ -137,10 +138,21 @@ def report_json(context: ReportInput) -> str:
 
 
 def read_report_json(text: str) -> ReportInput:
-    """The results back from `report_json`."""
-    found = json.loads(text)
-    kept = {key: value for key, value in found.items() if key not in ("schema", "verdict", "headline")}
-    return TypeAdapter(ReportInput).validate_json(json.dumps(kept))
+    """The results back from `report_json`.
+
+    Raises:
+        RunFolderError: the text is not what `report_json` wrote.
+    """
+    try:
+        found = json.loads(text)
+        kept = {key: value for key, value in found.items() if key not in ("schema", "verdict", "headline")}
+        return TypeAdapter(ReportInput).validate_json(json.dumps(kept))
+    except (ValueError, AttributeError) as error:  # no JSON, no mapping, or other fields
+        raise RunFolderError(
+            "report.json is damaged, or another version wrote it",
+            found=str(error).splitlines()[0],
+            remedy="run the compress command on this folder again: it writes report.json anew from the finished stages",
+        ) from error
 
 
 def _strict(value: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from causal_compress.errors import DataError, TraceError
+from causal_compress.errors import DataError, MissingPackageError, TraceError
 from causal_compress.inputs.data import Data
 from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
@@ -94,10 +94,22 @@ def _set_out(
 
 
 def resolve_device(name: str) -> str:
-    """`auto` becomes the first CUDA device where there is one, else the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` becomes the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        MissingPackageError: a CUDA device that is not there.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= there:
+        raise MissingPackageError(
+            f"the device {name} is not there",
+            found=f"{there} usable CUDA devices",
+            wanted="auto, cpu" + "".join(f", cuda:{index}" for index in range(there)),
+            remedy="set device: auto, or cpu; `causal-compress doctor` says what works here",
+        )
+    return name
 
 
 def _uses_bf16(precision: str, device: torch.device) -> bool:

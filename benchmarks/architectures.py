@@ -1,0 +1,238 @@
+"""Nine torchvision architectures the whole way: trace, group, plan, rewrite, prune, ONNX.
+
+    python benchmarks/architectures.py
+    python benchmarks/architectures.py --only resnet18 mobilenet_v2
+
+Weights are random and inputs are small: what is shown is that each architecture comes out valid, smaller, of the same
+output shape and equal in ONNX, and that whatever was left whole has a reason; accuracy means nothing here. The logits
+of random weights hardly depend on the input, so `onnx_max_abs_diff` is the measure of parity; `agreement_pct` is on
+ties. Each network runs in a process of its own; `peak_bytes` is that process's largest resident set, torch included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from causal_compress.inputs.data import load_data
+from causal_compress.inputs.models import build_model
+from causal_compress.pipeline import analyze, compress
+from causal_compress.provenance import machine
+from causal_compress.recipe import Recipe
+from causal_compress.results import Candidates, Exported, Log, Plan, Skip, TeacherScore
+from causal_compress.runs import read_result
+from causal_compress.shrink.plan import front
+from causal_compress.shrink.surgery import replay
+from causal_compress.understand.trace import Network, trace
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = 10
+WANTED_MACS = 0.7
+NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {  # side of the input [pixels], arguments
+    "alexnet": (64, {}),
+    "vgg11_bn": (32, {}),
+    "resnet18": (64, {}),
+    "densenet121": (64, {}),
+    "mobilenet_v2": (64, {}),
+    "efficientnet_b0": (64, {}),
+    "convnext_tiny": (64, {}),
+    "googlenet": (64, {"aux_logits": False, "init_weights": False}),
+    "vit_b_16": (32, {"image_size": 32}),
+}
+
+
+def write_gratings(path: Path, size: int, count: int = 480) -> None:
+    """Noisy gratings whose direction is the class, as an npz of uint8 images.
+
+    Args:
+        path: File to write.
+        size: Side [pixels].
+        count: Images.
+    """
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % CLASSES
+    angle = labels * np.pi / CLASSES
+    row, column = np.mgrid[:size, :size] / size
+    across = np.cos(angle)[:, None, None] * row + np.sin(angle)[:, None, None] * column
+    waves = np.sin(2 * np.pi * (4 * across + rng.random((count, 1, 1))))
+    tinted = waves[..., None] * rng.uniform(30, 90, (count, 1, 1, 3)) + 127 + rng.normal(0, 20, (count, size, size, 3))
+    np.savez(path, x=tinted.clip(0, 255).astype(np.uint8), y=labels)
+
+
+def recipe_for(name: str, data: Path, macs: float) -> Recipe:
+    """A small recipe: few inputs, one width, pairs.
+
+    Args:
+        name: Of NETWORKS.
+        data: The npz.
+        macs: Share of MACs to keep.
+    """
+    return Recipe.model_validate(
+        {
+            "model": {"arch": f"torchvision:{name}", "args": {"num_classes": CLASSES, **NETWORKS[name][1]}},
+            "data": {
+                "source": f"npz:{data}",
+                "normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+                "calibration": 192,
+                "validation": 64,
+            },
+            "budget": {"macs": macs},
+            "intervene": {"inputs": 192, "masks": 1, "baselines": ["mean"], "batch_size": 64},
+            "group": {"bootstraps": 10},
+            "plan": {"widths": [0.5], "max_span": 2, "inputs": 128, "heldout": 64, "align": 4},
+            "rewrite": {"inputs": 192},
+            "prune": {"inputs": 192},
+            "export": {"inputs": 64, "min_agreement_pct": 0.0},
+            "distill": None,
+            "benchmark": None,
+        }
+    )
+
+
+def run_one(name: str, scratch: Path) -> dict[str, Any]:
+    """One network the whole way; its row.
+
+    Args:
+        name: Of NETWORKS.
+        scratch: Empty folder.
+    """
+    started = time.perf_counter()
+    data = scratch / "gratings.npz"
+    size = NETWORKS[name][0]
+    write_gratings(data, size)
+    analyze(recipe_for(name, data, 1.0), scratch / "analysis", force=True)
+    least = front(read_result(scratch / "analysis", "candidates", Candidates))[0].macs
+    recipe = recipe_for(name, data, min(1.0, max(WANTED_MACS, 1.001 * least)))
+    compress(recipe, scratch / "run", reuse=scratch / "analysis", force=True)
+    return {
+        **row(name, scratch / "run", recipe),
+        "least_macs_kept": round(least, 4),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def row(name: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a finished run says, and what a fresh replay of its surgery puts out."""
+    teacher = read_result(folder, "teacher", TeacherScore)
+    plan, exported = read_result(folder, "plan", Plan), read_result(folder, "export", Exported)
+    rewritten, pruned = read_result(folder, "rewrite", Log), read_result(folder, "prune", Log)
+    loaded = load_data(recipe.data, seed=recipe.seed)
+    network = trace(build_model(recipe.model, classes=CLASSES), loaded.example_input)
+    skips = (*plan.skipped, *rewritten.skipped, *pruned.skipped, *network.untraced)
+    size = NETWORKS[name][0]
+    return {
+        "arch": name,
+        "input": [3, size, size],
+        "macs_before": teacher.macs,
+        "macs_after": pruned.macs,
+        "macs_kept": round(pruned.macs / teacher.macs, 4),
+        "params_before": teacher.params,
+        "params_after": pruned.params,
+        "params_kept": round(pruned.params / teacher.params, 4),
+        "regions": len(network.regions),
+        "merges": sum(decision.kind.startswith("merge") for decision in plan.decisions),
+        "narrowed": len(pruned.surgery.keeps),
+        "left_whole": len(skips),
+        "reasons": reasons_of(skips),
+        "unexplained": unexplained(plan, network, skips),
+        "onnx_max_abs_diff": exported.parity.max_abs_diff,
+        "logits_spread": spread_and_shape(network, folder, pruned, loaded.example_input)[0],
+        "agreement_pct": exported.parity.agreement_pct,
+        "onnx_batches": list(exported.parity.batches),
+        "output_shape_ok": spread_and_shape(network, folder, pruned, loaded.example_input)[1],
+    }
+
+
+def reasons_of(skips: tuple[Skip, ...]) -> dict[str, int]:
+    """Distinct reasons, numbers and indices left out, with how often each was given."""
+    told = Counter(re.sub(r"\d+", "N", re.sub(r"[\w.]*\.\d[\w.]*", "LAYER", skip.reason)) for skip in skips)
+    return dict(told.most_common())
+
+
+def unexplained(plan: Plan, network: Network, skips: tuple[Skip, ...]) -> list[str]:
+    """Regions that stayed whole though no alternative was measured for them and no reason names one of their layers."""
+    named = " ".join(skip.what for skip in skips).split()
+    found = []
+    for decision in plan.decisions:
+        region = network.regions[decision.candidate.first].info
+        last = region.index == len(network.regions) - 1  # the classifier's outputs are the classes
+        untouched = decision.kind == "keep" and decision.outputs_kept == 1.0 and not decision.refused and not last
+        if untouched and not set(named) & {region.name, *region.modules}:
+            found.append(region.name)
+    return found
+
+
+def spread_and_shape(network: Network, folder: Path, pruned: Log, x: torch.Tensor) -> tuple[float, bool]:
+    """Standard deviation of the student's logits, and whether they have the teacher's shape."""
+    from safetensors.torch import load_file
+
+    student = replay(network, pruned.surgery, load_file(folder / "prune.safetensors"))
+    with torch.no_grad():
+        logits, wanted = student.graph(x), network.graph(x)
+    return float(logits.std()), logits.shape == wanted.shape and bool(torch.isfinite(logits).all())
+
+
+def in_own_process(name: str, threads: int) -> dict[str, Any]:
+    """The row of a network, from a fresh process, with that process's peak memory.
+
+    Args:
+        name: Of NETWORKS.
+        threads: For torch.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        answer = Path(temporary) / "row.json"
+        command = [sys.executable, str(Path(__file__).resolve()), "--child", str(answer), "--only", name]
+        process = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+        )
+        _, status, usage = os.wait4(process.pid, 0)  # unlike RUSAGE_CHILDREN, this one child's
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{name} ended with exit code {process.returncode}")
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return {**json.loads(answer.read_text(encoding="utf-8")), "peak_bytes": usage.ru_maxrss * unit}
+
+
+def main() -> None:
+    """Run, print and write; rows of networks that were not run again stay."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted(NETWORKS), default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            arguments.child.write_text(json.dumps(run_one(arguments.only[0], Path(temporary))), encoding="utf-8")
+        return
+    old = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"] if arguments.out.exists() else []
+    rows = {known["arch"]: known for known in old}
+    for name in arguments.only:
+        rows[name] = in_own_process(name, arguments.threads)
+        print(json.dumps(rows[name]), flush=True)
+        write(arguments.out, [rows[known] for known in NETWORKS if known in rows])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the table at once."""
+    content = {"schema": 1, "machine": machine(), "command": "python benchmarks/architectures.py", "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main()
