@@ -55,7 +55,7 @@ def _broken_image(place: Place) -> list[str]:
         Image.new("L", (8, 8), number).save(folder / f"{number}.png")
     whole = (place.folder / "photos" / "class0" / "4.png").read_bytes()
     place.write("photos/class0/4.png", whole[:30])
-    return compress("--data", "imagefolder:photos", "--set", "model.args.num_classes=10")
+    return compress("--data", "imagefolder:photos", "--set", "data.channels=1")
 
 
 def _out_is_a_file(place: Place) -> list[str]:

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
 
 from bad_input_cases import CASES
 from bad_input_parts import RECIPE, Case, Place, compress, mounted, start
@@ -194,11 +193,24 @@ def _in_process(arguments: Sequence[str], folder: Path, absent: Sequence[str]) -
         with (
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(said),
-            mock.patch.dict(sys.modules, dict.fromkeys(absent)),
+            _hidden(absent),
         ):
             return command_line(list(arguments)), said.getvalue()
     finally:
         os.chdir(before)
+
+
+@contextlib.contextmanager
+def _hidden(packages: Sequence[str]) -> Iterator[None]:
+    """Importing these fails as if they were not installed."""
+    before = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def _child(arguments: Sequence[str], folder: Path, absent: Sequence[str]) -> tuple[int, str]:

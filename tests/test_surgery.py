@@ -75,8 +75,10 @@ def merging(network: Network, first: int, last: int) -> list[Merge]:
     return [*singles(network)[:first], merge, *singles(network)[last + 1 :]]
 
 
-def planned(merges: list[Merge], widths: dict[int, dict[str, int]] | None = None) -> Plan:
-    """A plan as if it had been measured; `widths` by the first region of a decision."""
+def planned(
+    merges: list[Merge], widths: dict[int, dict[str, int]] | None = None, shares: dict[int, float] | None = None
+) -> Plan:
+    """A plan as if it had been measured; widths and shares of inputs kept by the first region of a decision."""
     decisions = []
     for merge in merges:
         candidate = Candidate(
@@ -84,7 +86,7 @@ def planned(merges: list[Merge], widths: dict[int, dict[str, int]] | None = None
             last=merge.last,
             representative=merge.representative,
             adapter=merge.adapter,
-            inputs_kept=1.0,
+            inputs_kept=(shares or {}).get(merge.first, 1.0),
             widths=(widths or {}).get(merge.first, {}),
             macs_fixed=1.0,
             macs_out=0.0,
@@ -171,19 +173,23 @@ def test_a_refitted_representative_is_better_than_a_block_that_is_merely_left_ou
         assert changes[0].relative_error < 1
 
 
-def test_a_narrowed_layer_with_refitted_readers_is_better_than_one_without() -> None:
-    for name, producer, kept in (("residual", "blocks.0.conv1", 3), ("mobilenet_v2", "features.3.conv.0.0", 12)):
-        network = traced(name)
-        holder = next(r.info.index for r in network.regions if producer in r.info.modules)
-        plan = planned(singles(network), {holder: {producer: kept}})
-        student, changes, _ = narrowed(network, plan, name)
-        (keep,) = student.surgery.keeps
-        assert (keep.producer, len(keep.channels)) == (producer, kept)
-        assert any(producer in change.what for change in changes)
-        bare = assemble(network, singles(network))
-        narrow(bare.graph, network.example_input, student.surgery.keeps)
-        assert count_params(bare.graph) <= count_params(student.graph) < count_params(network.graph)
-        assert harm(network, student.graph, name) < 0.7 * harm(network, bare.graph, name)
+@pytest.mark.parametrize(
+    ("name", "producer", "kept", "inside"), [("residual", "blocks.0.conv1", 3, True), ("stages", "down", 2, False)]
+)
+def test_a_narrowed_layer_with_refitted_readers_is_better_than_one_without(
+    name: str, producer: str, kept: int, inside: bool
+) -> None:
+    network = traced(name)
+    holder = next(r.info.index for r in network.regions if producer in r.info.modules)
+    widths, shares = ({holder: {producer: kept}}, {}) if inside else ({}, {holder + 1: 0.5})
+    student, changes, _ = narrowed(network, planned(singles(network), widths, shares), name)
+    (keep,) = student.surgery.keeps
+    assert (keep.producer, len(keep.channels)) == (producer, kept)
+    assert any(producer in change.what for change in changes)
+    bare = assemble(network, singles(network))
+    narrow(bare.graph, network.example_input, student.surgery.keeps)
+    assert count_params(bare.graph) <= count_params(student.graph) < count_params(network.graph)
+    assert harm(network, student.graph, name) < 0.7 * harm(network, bare.graph, name)
 
 
 def narrowed(network: Network, plan: Plan, name: str) -> tuple[Student, tuple, tuple]:  # type: ignore[type-arg]
@@ -238,7 +244,7 @@ def test_weights_of_another_surgery_are_refused() -> None:
 
 def test_nothing_that_is_passed_in_changes() -> None:
     network = deep()
-    teacher = weights_of(network.graph)
+    teacher, modes = weights_of(network.graph), [module.training for module in network.graph.modules()]
     front = front_at_input(network, "residual")
     chunks = [chunk.clone() for chunk in (*front.student, *front.heldout)]
     given_chunks = [*front.student, *front.heldout]
@@ -250,6 +256,6 @@ def test_nothing_that_is_passed_in_changes() -> None:
     prune(student, plan, front_at_input(network, "residual"), metrics, PruneSection(inputs=256))
     assert unchanged(student.graph, before)
     assert unchanged(network.graph, teacher)
-    assert all(not module.training for module in network.graph.modules())
+    assert [module.training for module in network.graph.modules()] == modes
     assert all(torch.equal(now, then) for now, then in zip(given_chunks, chunks, strict=True))
     assert plan == copy_of_plan

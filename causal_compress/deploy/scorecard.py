@@ -117,7 +117,7 @@ def _judge_drop(rows: Sequence[ScoreRow], budget: BudgetSection) -> Iterator[_Ju
     worst = max(students, key=lambda row: (row.drop_pp, row.drop_ci_pp[1]))
     low, high = worst.drop_ci_pp
     text = (
-        f"accuracy dropped by {worst.drop_pp:.2f} pp on {worst.runtime} (95 % interval {low:.2f} to {high:.2f}, "
+        f"drop of accuracy {worst.drop_pp:.2f} pp on {worst.runtime} (95 % interval {low:.2f} to {high:.2f}, "
         f"n = {worst.n:,}); the budget allows {limit:g} pp"
     )
     if high <= limit:
@@ -139,8 +139,8 @@ def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
     fall = teacher.macs / student.macs if student.macs else 1.0
     if fall > 1.0 and high < _SHORTFALL * fall:
         yield (
-            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed; merged regions "
-            "(plan.depth) and aligned widths (plan.align: 16 on CPUs) are what brings it"
+            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed (plan.align: 16 and "
+            "more merged regions bring more of it)"
         )
 
 

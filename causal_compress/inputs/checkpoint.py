@@ -19,7 +19,7 @@ from causal_compress.errors import CheckpointError
 
 _NESTS = ("state_dict", "model", "model_state_dict", "ema", "model_ema", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-_MAX_LISTED = 8
+_MAX_LISTED = 5  # three such lists and what stands around them fit on one screen
 _SAVE_STATE = "save it anew with torch.save(model.state_dict(), FILE), or as .safetensors, where its source is at hand."
 
 State = dict[str, Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,11 +14,15 @@ from causal_compress.understand.cost import count_macs
 
 @dataclass(frozen=True)
 class LayerCost:
-    """MACs and parameters of one layer for one input; `scales` says which widths they are proportional to."""
+    """MACs and parameters of one layer for one input.
+
+    `scales` says which widths MACs and weights are proportional to; `bias` is proportional to the outputs alone.
+    """
 
     macs: float
     params: float
-    scales: str
+    bias: float
+    scales: Literal["both", "out", "none"]
 
 
 def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
@@ -44,18 +49,19 @@ def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
             hook.remove()
     for path, layer in layers.items():
         params = float(sum(parameter.numel() for parameter in layer.parameters()))
+        bias = float(layer.bias.numel()) if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None else 0.0
         match layer:
             case nn.Conv2d():
                 taps = layer.kernel_size[0] * layer.kernel_size[1]
                 macs = float(outputs[path].numel() * layer.in_channels // layer.groups * taps)
-                costs[path] = LayerCost(macs, params, "both" if layer.groups == 1 else "out")
+                costs[path] = LayerCost(macs, params - bias, bias, "both" if layer.groups == 1 else "out")
             case nn.Linear():
-                costs[path] = LayerCost(float(outputs[path].numel() * layer.in_features), params, "both")
+                costs[path] = LayerCost(float(outputs[path].numel() * layer.in_features), params - bias, bias, "both")
             case nn.modules.batchnorm._NormBase() | nn.LayerNorm() | nn.GroupNorm() | nn.PReLU():
-                costs[path] = LayerCost(0.0, params, "out")
+                costs[path] = LayerCost(0.0, params, 0.0, "out")
     total = float(count_macs(part, x)), float(sum(parameter.numel() for parameter in part.parameters()))
-    known = sum(cost.macs for cost in costs.values()), sum(cost.params for cost in costs.values())
-    costs[""] = LayerCost(max(0.0, total[0] - known[0]), max(0.0, total[1] - known[1]), "none")
+    known = sum(cost.macs for cost in costs.values()), sum(cost.params + cost.bias for cost in costs.values())
+    costs[""] = LayerCost(max(0.0, total[0] - known[0]), max(0.0, total[1] - known[1]), 0.0, "none")
     return costs
 
 
@@ -78,5 +84,5 @@ def part_costs(
         factor = {"both": inputs * outputs, "out": outputs, "none": 1.0}[cost.scales]
         kind = "out" if path in writers else "fixed"
         result[f"macs_{kind}"] += cost.macs * factor
-        result[f"params_{kind}"] += cost.params * factor
+        result[f"params_{kind}"] += cost.params * factor + cost.bias * outputs
     return result

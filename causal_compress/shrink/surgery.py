@@ -83,14 +83,15 @@ def replay(network: Network, surgery: Surgery, weights: dict[str, Tensor]) -> St
     student = assemble(network, surgery.merges)
     add_biases(student.graph, surgery.biased)
     narrow(student.graph, network.example_input, surgery.keeps)
-    missing, unexpected = student.graph.load_state_dict(weights, strict=False)
-    if missing or unexpected:
+    try:
+        student.graph.load_state_dict(weights)
+    except RuntimeError as error:
         raise TraceError(
             "the student's weights do not fit the replayed surgery",
-            found=f"missing {list(missing)[:5]}, unexpected {list(unexpected)[:5]}",
+            found=" ".join(str(error).split()[:40]),
             wanted="weights and surgery of one run",
             remedy="take both files from the same run folder",
-        )
+        ) from error
     return Student(student.graph, student.parts, student.sites, student.ends, surgery)
 
 

@@ -39,7 +39,7 @@ class Tail:
         features: The node that feeds it.
         undo: Nodes between the affine layer and `pre` that are undone to turn a target at `pre` into one for the layer.
         skip: The node added to it, or None.
-        pre: The node whose value is target of a refit: the last one before activations.
+        pre: The node whose value is target of a refit: the last one before activations and norms of sums.
     """
 
     affine: str
@@ -58,7 +58,7 @@ def find_tail(piece: fx.GraphModule) -> Tail | str:
     """
     node = next(node for node in piece.graph.nodes if node.op == "output").args[0]
     assert isinstance(node, fx.Node)
-    while _is_activation(piece, node) or _is_passing(piece, node):
+    while _is_activation(piece, node) or _is_passing(piece, node) or _is_late_norm(piece, node):
         node = node.all_input_nodes[0]
     if node.op == "call_function" and node.target in _ADDS and len(node.all_input_nodes) == 2:
         found = [(branch, _walk_back(piece, branch)) for branch in node.all_input_nodes]
@@ -123,6 +123,14 @@ def _is_passing(piece: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _PASSING_FUNCTIONS
 
 
+def _is_late_norm(piece: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a norm that can't be folded into an affine layer right before it: it stays as it is."""
+    module = get_module(piece, node)
+    if isinstance(module, BATCH_NORMS):
+        return not is_affine(get_module(piece, node.all_input_nodes[0]))
+    return isinstance(module, nn.LayerNorm | nn.GroupNorm)
+
+
 def _is_scale(node: fx.Node) -> bool:
     """Whether the node multiplies by a parameter (a layer scale)."""
     sources = node.all_input_nodes
@@ -139,9 +147,9 @@ def _permutation(piece: fx.GraphModule, node: fx.Node) -> list[int] | None:
     if type(module).__name__ == "Permute":
         dims: Any = getattr(module, "dims")  # noqa: B009  (torchvision's Permute is not imported for its type)
         return [int(dim) for dim in dims]
-    if node.op == "call_method" and node.target == "permute":
-        order: Any = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        return [int(dim) for dim in order]
+    if (node.op == "call_method" and node.target == "permute") or node.target is torch.permute:
+        order: Any = node.kwargs.get("dims", node.args[1:])
+        return [int(dim) for dim in (order[0] if isinstance(order[0], tuple | list) else order)]
     return None
 
 
@@ -175,5 +183,6 @@ def describe(piece: fx.GraphModule, node: fx.Node) -> str:
     """A node in a reader's words: its layer's path and type, or its function's name."""
     module = get_module(piece, node)
     if module is not None:
-        return f"{node.target} ({type(module).__name__})"
+        grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+        return f"{node.target} ({'grouped ' if grouped else ''}{type(module).__name__})"
     return str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))

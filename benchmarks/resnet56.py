@@ -1,0 +1,102 @@
+"""ResNet-56 on CIFAR-10 from the public checkpoint: without training, and with distillation, from one analysis.
+
+    python benchmarks/resnet56.py --weights resnet56-4bfd9763.th --data cifar10.npz --out runs/resnet56
+
+Each variant is a run folder below --out; a finished one is read back, so the script can be stopped and started again.
+Writes results/resnet56_no_training.json and results/resnet56_distilled.json. All 10,000 test images are read once for
+each variant, at its end; everything is chosen on training images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from causal_compress.files import atomic_write_text
+from causal_compress.pipeline import compress
+from causal_compress.provenance import machine
+from causal_compress.recipe_file import load_recipe
+from causal_compress.runs import read_provenance
+from causal_compress.shipped import find_recipe
+
+HERE = Path(__file__).parent
+QUICK = ["benchmark.runtimes=[onnxruntime]", "benchmark.batches=[1]"]
+NO_TRAINING = ["distill=null", "budget.max_accuracy_drop=null"]
+
+VARIANTS: dict[str, list[str]] = {
+    "both-055": [*NO_TRAINING, "budget.macs=0.55"],
+    "both-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33"],
+    "width-055": [*NO_TRAINING, *QUICK, "budget.macs=0.55", "plan.depth=false"],
+    "depth-055": [*NO_TRAINING, *QUICK, "budget.macs=0.55", "plan.width=false"],
+    "width-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.depth=false"],
+    "depth-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.width=false"],
+    "aligned-043": [*NO_TRAINING, "budget.macs=0.43", "plan.align=16"],
+    "distilled-050": ["budget.macs=0.5", "distill.epochs=10"],
+}
+
+
+def main() -> None:
+    """Run or read back the variants, then write the tables' results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", required=True, help="npz with CIFAR-10")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=sorted(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--analysis", type=Path, help="a run whose analysis is taken over by the first variant")
+    args = parser.parse_args()
+    inputs = [
+        f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:resnet56",
+        f"model.weights={args.weights}",
+        f"data.source=npz:{args.data}",
+    ]
+    rows: dict[str, list[dict[str, Any]]] = {"no_training": [], "distilled": []}
+    analysis: Path | None = args.analysis
+    for name, overrides in VARIANTS.items():
+        folder = args.out / name
+        if name in args.only:
+            recipe = load_recipe(find_recipe("cifar-resnet"), [*inputs, *overrides])
+            compress(recipe, folder, command=["python", "benchmarks/resnet56.py", name], reuse=analysis)
+        if (folder / "scorecard.json").exists():
+            analysis = folder if name == "both-055" else analysis
+            rows["distilled" if name.startswith("distilled") else "no_training"].append(row_of(name, folder))
+    for kind, found in rows.items():
+        if found:
+            result = {"schema": 1, "machine": machine(), "command": " ".join(sys.argv[:1]), "rows": found}
+            target = HERE / "results" / f"resnet56_{kind}.json"
+            atomic_write_text(target, json.dumps(result, indent=1) + "\n")
+
+
+def row_of(name: str, folder: Path) -> dict[str, Any]:
+    """One line of the table, from a finished run folder."""
+    card = json.loads((folder / "scorecard.json").read_text())
+    onnx = [row for row in card["rows"] if row["runtime"] == "onnxruntime" and row["threads"] == 1]
+    student = next(row for row in onnx if row["model"] == "student" and row["batch"] == 1)
+    teacher = next(row for row in onnx if row["model"] == "teacher" and row["batch"] == 1)
+    provenance = read_provenance(folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    distilled = folder / "distill.json"
+    return {
+        "arch": "resnet56",
+        "variant": name,
+        "macs_kept": round(student["macs"] / teacher["macs"], 4),
+        "params": student["params"],
+        "accuracy_pct": student["accuracy_pct"],
+        "n": student["n"],
+        "drop_pp": student["drop_pp"],
+        "drop_ci_pp": student["drop_ci_pp"],
+        "regions_merged": sum(d["candidate"]["last"] - d["candidate"]["first"] for d in plan["decisions"]),
+        "predicted_harm_kl": round(plan["predicted_harm_kl"], 4),
+        "measured_harm_kl": round(json.loads((folder / "prune.json").read_text())["heldout_kl"], 4),
+        "onnxruntime_speedup_batch_1": student["speedup"],
+        "onnxruntime_speedup_ci": student["speedup_ci"],
+        "epochs": len(json.loads(distilled.read_text())["epochs"]) if distilled.exists() else 0,
+        "minutes": round(sum(stage.seconds for stage in provenance.stages) / 60, 1),
+        "seed": provenance.seed,
+    }
+
+
+if __name__ == "__main__":
+    main()
