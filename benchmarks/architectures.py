@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import subprocess
@@ -53,7 +54,7 @@ NETWORKS: dict[str, tuple[int, dict[str, Any]]] = {  # side of the input [pixels
 }
 
 
-def write_gratings(path: Path, size: int, count: int = 480) -> None:
+def write_gratings(path: Path, size: int, count: int = 800) -> None:
     """Noisy gratings whose direction is the class, as an npz of uint8 images.
 
     Args:
@@ -194,9 +195,7 @@ def in_own_process(name: str, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         answer = Path(temporary) / "row.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--child", str(answer), "--only", name]
-        process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-        )
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)})
         _, status, usage = os.wait4(process.pid, 0)  # unlike RUSAGE_CHILDREN, this one child's
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -214,6 +213,7 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         with tempfile.TemporaryDirectory() as temporary:
             arguments.child.write_text(json.dumps(run_one(arguments.only[0], Path(temporary))), encoding="utf-8")
         return

@@ -124,11 +124,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(
             "cut off in the middle",
             with_weights("cut.pt", lambda p: p.teacher()[: len(p.teacher()) // 2]),
-            ("damaged",),
+            ("damaged", "end is missing"),
         ),
         Case("one flipped byte", with_weights("bad.pt", lambda p: flipped(p.teacher())), ("damaged", "checksum")),
         Case("safetensors, cut off", with_weights("cut.safetensors", _short_safetensors), ("damaged",)),
-        Case("a text file", with_weights("notes.txt", lambda _: b"remember to save the weights\n"), ("damaged",)),
+        Case(
+            "a text file",
+            with_weights("notes.txt", lambda _: b"remember to save the weights\n"),
+            ("damaged", "not a checkpoint"),
+        ),
         Case("a pickled whole module", with_saved(whole_module), ("pickled code", "state_dict"), child=True),
         Case("a pickle that runs a command", with_saved(Exploit), ("pickled code", "system"), child=True),
         Case("no state dict in it", with_saved(lambda: {"epoch": 3, "loss": 0.1}), ("no state dict", "epoch")),
@@ -282,7 +286,7 @@ CASES: dict[str, tuple[Case, ...]] = {
             "a folder of another recipe", _other_recipe, ("another recipe", "plan.align is 1 there, 4 now"), child=True
         ),
         Case("a busy folder", _busy, ("busy", "4711")),
-        Case("run.json cut off", _damaged_provenance, ("run.json", "damaged")),
+        Case("run.json cut off", _damaged_provenance, ("run.json", "damaged", "JSON")),
         Case("a result deleted", _deleted_stage, ("export",)),
         Case("model.onnx damaged", _damaged_model, ("export", "damaged")),
         Case("report.json cut off", _damaged_report, ("report.json",)),

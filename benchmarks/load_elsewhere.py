@@ -44,14 +44,18 @@ import causal_compress
 
 folder, cases, rate, *blocked = sys.argv[1:]
 
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name in blocked:
+            raise ImportError(f"{name} is not here")
+
 def guard(event, arguments):
-    if event == "import" and arguments[0] in blocked:
-        raise ImportError(f"{arguments[0]} is not here")
     if event == "open" and str(arguments[0]) in blocked:
         raise FileNotFoundError(arguments[0])
     if event == "pickle.find_class":
         raise RuntimeError(f"something unpickles {arguments[0]}.{arguments[1]}")
 
+sys.meta_path.insert(0, NotHere())
 sys.addaudithook(guard)
 model = causal_compress.load(folder)
 arrays = numpy.load(cases)

@@ -18,6 +18,7 @@ from causal_compress.recipe import Recipe
 from causal_compress.recipe_faults import Key, dotted, sentence, shorten, show
 
 _MAX_FAULTS_SHOWN = 20
+_FIRST_OVERRIDE = 1_000_000  # faults are told in order: the file's by line, then those of overrides
 _CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 # YAML 1.2's core schema. PyYAML follows 1.1, where `1e-3` is text, `no` is false and `2024-01-01` is a date.
@@ -146,7 +147,7 @@ def _read_file(path: Path, draft: _Draft) -> None:
 
 
 def _apply_override(override: str, number: int, draft: _Draft) -> None:
-    origin = _Origin(f"--set {shorten(override)}", order=1_000_000 + 1_000 * number, numbered=False)
+    origin = _Origin(f"--set {shorten(override)}", order=_FIRST_OVERRIDE + 1_000 * number, numbered=False)
     name, equals, text = override.partition("=")
     *sections, last = key = tuple(name.strip().split("."))
     if not equals or not all(key):
@@ -267,5 +268,6 @@ def _error(faults: Sequence[tuple[int, str]], path: Path | None) -> RecipeError:
     hidden = len(lines) - _MAX_FAULTS_SHOWN
     shown = lines[:_MAX_FAULTS_SHOWN] + ([f"and {hidden} more"] if hidden > 0 else [])
     what = shown[0] if len(lines) == 1 else f"{len(lines)} faults in the recipe:\n  " + "\n  ".join(shown)
-    check = f"`causal-compress recipes check {path}`" if path else "the command"
+    in_file = any(order < _FIRST_OVERRIDE for order, _ in faults)
+    check = f"`causal-compress recipes check {path}`" if path and in_file else "the command"
     return RecipeError(what, remedy=f"correct what is named above, then run {check} again.")

@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from causal_compress.errors import RunFolderError
@@ -258,10 +258,10 @@ def read_provenance(folder: Path) -> Provenance:
             wanted="a folder that 'causal-compress compress --out FOLDER' wrote",
             remedy="check the path",
         ) from error
-    except ValueError as error:
+    except ValidationError as error:
         raise RunFolderError(
             f"{folder / _RUN} is damaged, so no result in this folder can be traced or resumed",
-            found=str(error).splitlines()[0],
+            found=error.errors(include_url=False)[0]["msg"],
             wanted="the JSON that causal-compress wrote",
             remedy="restore the file, or give another --out",
         ) from error

@@ -91,12 +91,17 @@ def test_a_process_without_the_source_gets_the_same_network(
     assert found["here"] == []
 
 
-def test_the_guard_of_that_process_works(finished: tuple[Path, Path], script: ModuleType, tmp_path: Path) -> None:
+def test_the_guard_of_that_process_works(
+    finished: tuple[Path, Path], script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, _ = finished
-    (tmp_path / "cases.npz").write_bytes(b"")
-    for blocked in ("causal_compress.deploy.package", str(run.absolute() / "model.pt2")):
-        with pytest.raises(RuntimeError, match=r"is not here|FileNotFoundError|damaged|missing|no model"):
-            script.load_elsewhere(run, tmp_path / "cases.npz", [blocked])
+    with pytest.raises(RuntimeError, match=r"causal_compress\.deploy\.package is not here"):
+        script.load_elsewhere(run, tmp_path / "cases.npz", ["causal_compress.deploy.package"])
+    np.savez(tmp_path / "pickled.npz", x=np.array([{"any": 1}], dtype=object))
+    reading = script.ELSEWHERE.replace("numpy.load(cases)", "numpy.load(cases, allow_pickle=True)")
+    monkeypatch.setattr(script, "ELSEWHERE", reading)
+    with pytest.raises(RuntimeError, match="something unpickles"):
+        script.load_elsewhere(run, tmp_path / "pickled.npz", [])
 
 
 def test_loading_imports_nothing_of_the_architecture(finished: tuple[Path, Path]) -> None:

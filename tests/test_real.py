@@ -58,12 +58,10 @@ def recipe() -> Recipe:
         "model.arch": f"{ROOT / 'examples' / 'cifar_resnet.py'}:resnet20",
         "model.weights": str(CHECKPOINT),
         "data.source": f"npz:{images()}",
-        "data.calibration": 1024,
         "data.max_test": IMAGES,
         "budget": {"macs": 0.55, "max_accuracy_drop": 6.0},
         "intervene": {"inputs": 512, "masks": 1},
-        "plan": {"inputs": 256, "heldout": 128, "widths": [0.75, 0.5, 0.25]},
-        "rewrite": {"inputs": 768},
+        "plan.widths": [0.875, 0.75, 0.625, 0.5, 0.25],
         "distill": None,
         "benchmark": {"batches": [1], "repeats": 30, "seconds": 2.0},
     }

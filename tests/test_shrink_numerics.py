@@ -25,6 +25,7 @@ from causal_compress.shrink.refit import (
     weight_matrix,
     write_affine,
 )
+from causal_compress.shrink.rows import FewRows
 
 
 def equations(z: Tensor, t: Tensor) -> NormalEquations:
@@ -261,6 +262,49 @@ def test_a_written_solution_is_computed_in_evaluation_and_in_training_mode(kept:
     again, shift = effective_affine(layer, norm.eval())
     assert torch.allclose(again, weight, atol=1e-2)
     assert torch.allclose(shift, bias, atol=1e-2)
+
+
+def few_rows(count: int, features: int, targets: int, seed: int = 0) -> tuple[FewRows, NormalEquations]:
+    z, t = rows(count, features, targets, seed)
+    return FewRows(z, t), equations(z, t)
+
+
+@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize("count", [12, 40])
+def test_the_dual_gives_what_the_normal_equations_give(count: int, with_prior: bool) -> None:
+    train, heldout = few_rows(count, 20, 3), few_rows(8, 20, 3, seed=1)
+    prior = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) if with_prior else None
+    penalties = [1e-2, 1e-1, 1.0]
+    dual, primal = (fit(train[kind], heldout[kind], penalties, prior) for kind in (0, 1))
+    assert dual.penalty == primal.penalty
+    assert dual.relative_error == pytest.approx(primal.relative_error, rel=1e-3)
+    torch.testing.assert_close(dual.weight, primal.weight, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(dual.bias, primal.bias, atol=2e-2, rtol=1e-3)
+
+
+def test_few_rows_answer_what_normal_equations_answer() -> None:
+    kept, columns = torch.tensor([1, 4, 5]), torch.tensor([[0, 3], [2, 5]])
+    weight, bias = torch.randn(6, 2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    few, sums = few_rows(30, 6, 2)
+    more, others = few_rows(10, 6, 2, seed=1)
+    few, sums = few + more, sums + others
+    assert few.error(weight, bias) == pytest.approx(sums.error(weight, bias), rel=1e-4)
+    assert few.target_variance() == pytest.approx(sums.target_variance(), rel=1e-4)
+    for mine, wanted in (
+        (few.sum_z, sums.sum_z),
+        (few.covariance(), sums.covariance()),
+        (few.blocks(columns), sums.blocks(columns)),
+        (few.output_variance(weight), sums.output_variance(weight)),
+        (few.select(kept).covariance(), sums.select(kept).covariance()),
+    ):
+        torch.testing.assert_close(mine, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_few_rows_that_are_not_finite_are_refused() -> None:
+    few, _ = few_rows(10, 20, 3)
+    few.z[0, 0] = torch.nan
+    with pytest.raises(NumericalError):
+        fit(few, few, [0.1])
 
 
 def test_a_layer_without_norm_gets_the_bias() -> None:

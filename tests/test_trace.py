@@ -268,7 +268,7 @@ def test_tails_of_a_residual_network() -> None:
 
 def test_a_tail_that_is_not_affine_says_what_it_is() -> None:
     found = tails(Depthwise(), images(2, 2, 6))
-    assert found[1] == "it ends with depth (Conv2d), which is not affine"
+    assert found[1] == "it ends with depth (grouped Conv2d), which is not affine"
     assert "fickle (Fickle)" in str(tails(Opaque(), images(2, 1, 6))[1])
 
 

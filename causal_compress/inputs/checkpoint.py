@@ -147,7 +147,7 @@ def _read_torch(path: Path) -> Any:
         raise _load_fault(path, error) from error
     except (AttributeError, IndexError, AssertionError, ImportError, UnicodeDecodeError) as error:
         # torch's unpickler meets arbitrary bytes with whatever its own code raises
-        raise _corrupt(path, f"{type(error).__name__}: {error}") from error
+        raise _corrupt(path, "not a checkpoint's bytes") from error
 
 
 def _load_fault(path: Path, error: Exception) -> CheckpointError:
@@ -169,6 +169,9 @@ def _load_fault(path: Path, error: Exception) -> CheckpointError:
 def _check_archive(path: Path) -> None:
     """torch.load doesn't compare checksums, so a flipped bit would become a wrong weight."""
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                raise _corrupt(path, f"{path.stat().st_size} bytes that begin as torch.save does; the end is missing")
         return
     try:
         with zipfile.ZipFile(path) as archive:

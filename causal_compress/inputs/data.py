@@ -146,7 +146,7 @@ def load_data(section: DataSection, *, seed: int) -> Data:
     if len(source.classes) < 2:
         raise DataError(
             f"{section.source} has fewer than 2 classes",
-            found=", ".join(source.classes) or "no labels",
+            found=f"only the class '{source.classes[0]}'" if source.classes else "no labels",
             remedy="a classifier needs at least two classes; check the labels.",
         )
     parts = _split(source, section, seed)

@@ -123,7 +123,7 @@ def _describe(dependencies: Any, graph: fx.GraphModule, path: str, paths: dict[i
         target = paths.get(id(dependency.target.module))
         role = _role(dependencies, dependency, target)
         if role == "foreign":
-            return f"its channels reach {dependency.target.name}, which can't be narrowed"
+            return f"its channels reach {_foreign(dependency.target, target)}, which can't be narrowed"
         found[role].append((str(target), list(positions)) if role == "reader" else str(target))
     return _readable(path, channels, found)
 
@@ -160,6 +160,14 @@ def _role(dependencies: Any, dependency: Any, target: str | None) -> str:
     if is_affine(module):
         return "writer" if dependencies.is_out_channel_pruning_fn(handler) else "reader"
     return "operation" if next(module.parameters(), None) is None else "foreign"
+
+
+def _foreign(node: Any, path: str | None) -> str:
+    """A node that can't be narrowed, in a reader's words."""
+    if isinstance(node.module, nn.Parameter):
+        return f"a bare parameter of shape {tuple(node.module.shape)}"
+    kind = type(node.module).__name__
+    return kind if path is None else f"{path} ({kind})"
 
 
 def remove_channels(graph: fx.GraphModule, dependencies: Any, keep: Keep) -> None:

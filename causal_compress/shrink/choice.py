@@ -13,7 +13,6 @@ from causal_compress.shrink.channels import ChannelGroup
 from causal_compress.shrink.costs import layer_costs, part_costs
 from causal_compress.shrink.parts import Adapter
 from causal_compress.shrink.repair import (
-    MOST_FEATURES,
     Fitted,
     accumulate,
     current_affine,
@@ -81,7 +80,7 @@ class Choice:
 
     def _solve(self, sums: Fitted, layer: str, norm: str | None) -> tuple[Tensor, Tensor]:
         weight, _ = current_affine(self.part, layer, norm)
-        if len(weight) > MOST_FEATURES or (self.first == self.last):
+        if self.first == self.last:
             return current_affine(self.part, layer, norm)
         solution = sums.solve(PENALTIES, weight if self.adapter != "reshape" else None)
         return solution.weight, solution.bias
@@ -140,7 +139,7 @@ class Choice:
     def _writers(self) -> set[str]:
         if self.tail is None or self.last not in self.sweep.widths.cuts:
             return set()
-        return {self.tail.affine, self.tail.norm or self.tail.affine}
+        return {self.tail.affine, self.tail.norm or self.tail.affine, *self.sweep.widths.cuts[self.last].passing}
 
     def _columns(self, layer: str, group: ChannelGroup) -> Tensor:
         reader = next(reader for reader in group.readers if reader.layer == layer)

@@ -50,10 +50,10 @@ class Front:
             self.heldout = [part(x) for x in self.heldout]
         return self._measure()
 
-    def keep_channels(self, kept: Tensor) -> None:
-        """Narrow the student's side to some channels (dimension 1)."""
-        self.student = [x[:, kept] for x in self.student]
-        self.heldout = [x[:, kept] for x in self.heldout]
+    def keep_channels(self, kept: Tensor, axis: int) -> None:
+        """Narrow the student's side to some channels, which lie along `axis`."""
+        self.student = [x.index_select(axis, kept) for x in self.student]
+        self.heldout = [x.index_select(axis, kept) for x in self.heldout]
 
     def _measure(self) -> float:
         before = self.harm_kl

@@ -23,6 +23,7 @@ from causal_compress.shrink.choice import Choice
 from causal_compress.shrink.costs import layer_costs, part_costs
 from causal_compress.shrink.parts import fitting_adapter
 from causal_compress.shrink.probe import Probe
+from causal_compress.shrink.repair import tail_too_large
 from causal_compress.shrink.targets import before_and_after, output_metrics
 from causal_compress.shrink.widths import Widths, find_widths, is_allowed, level_counts
 from causal_compress.understand.trace import Network
@@ -117,6 +118,8 @@ class Sweep:
             found = fitting_adapter(self.network, first, last, representative)
             if isinstance(found, str):
                 reasons.append(found)
+            elif (reason := tail_too_large(found[1])) is not None:
+                reasons.append(reason)
             else:
                 choices.append(Choice(self, first, last, representative, *found))
         if not choices:

@@ -16,7 +16,6 @@ from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_
 from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
 from causal_compress.shrink.repair import (
-    MOST_FEATURES,
     Fitted,
     accumulate,
     affine_layers,
@@ -27,6 +26,7 @@ from causal_compress.shrink.repair import (
     kept_channels,
     reader_equations,
     tail_equations,
+    too_large,
     write_solution,
 )
 from causal_compress.shrink.surgery import Student, copied
@@ -121,7 +121,7 @@ class _Work:
         sums = tail_equations(part, tail, self.front.student, targets)
         kept = self._choose([(sums, weight, columns, self._metric(index, tail))], count)
         self._remove(before.affine, kept)
-        self.front.keep_channels(kept)
+        self.front.keep_channels(kept, channel_axis(fetch(self.student.graph, before.affine)))
         return f"{count} of {channels} channels of {before.affine} kept"
 
     def _metric(self, index: int, tail: Tail) -> Tensor | None:
@@ -157,14 +157,14 @@ class _Work:
         original = self.front.network.regions[region].module
         last = None if isinstance(tail, str) else tail.affine
         for layer in affine_layers(part):
-            if layer == last or len(current_affine(part, layer, None)[0]) > MOST_FEATURES:
+            if layer == last or too_large(fetch(part, layer)) is not None:
                 continue
             site, source = find_site(part, layer), find_site(original, layer)
-            kept = self.kept.get(layer)
+            kept, axis = self.kept.get(layer), channel_axis(fetch(part, layer))
             watch, wanted = observer(part, [site.features]), observer(original, [source.output])
             with torch.no_grad():
                 rows = (
-                    (watch(x)[0], y if kept is None else y.index_select(channel_axis(y), kept))
+                    (watch(x)[0], y if kept is None else y.index_select(axis, kept))
                     for x, y in ((x, wanted(z)[0]) for x, z in zip(self.front.student, entering, strict=True))
                 )
                 sums = accumulate(fetch(part, layer), rows, len(entering))
@@ -179,7 +179,7 @@ class _Work:
         """Which channels stay: the surgeon's path from each reader's own best solution."""
         known = []
         for sums, weight, columns, metric in readers:
-            best = sums.solve(self.section.penalties, weight).weight if len(weight) <= MOST_FEATURES else weight
+            best = sums.solve(self.section.penalties, weight).weight
             known.append((sums.both(), best, columns, metric))
         return kept_channels(known, [count], PATH_PENALTY)[count]
 
@@ -204,12 +204,11 @@ class _Work:
         """Solve the part's last affine layer anew if held-out error falls; returns its relative error and penalty."""
         if isinstance(tail, str) or not targets or (last and self.section.head_refit == "never"):
             return None, None
-        weight, bias = current_affine(part, tail.affine, tail.norm)
-        if len(weight) > MOST_FEATURES:
-            self.skips.append(
-                Skip(what=f"refit of {tail.affine}", reason=f"{len(weight)} inputs (limit {MOST_FEATURES})")
-            )
+        reason = too_large(fetch(part, tail.affine))
+        if reason is not None:
+            self.skips.append(Skip(what=f"refit of {tail.affine}", reason=reason))
             return None, None
+        weight, bias = current_affine(part, tail.affine, tail.norm)
         sums = tail_equations(part, tail, self.front.student, targets)
         solution = sums.solve(self.section.penalties, weight)
         now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)

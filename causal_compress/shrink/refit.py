@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causal_compress.errors import NumericalError
+from causal_compress.shrink.rows import FewRows, fit_rows
 
 ROWS = 16384
 
@@ -64,6 +66,14 @@ class NormalEquations:
         """Covariance of features and targets (features, targets)."""
         return self.zt / self.rows - torch.outer(self.sum_z, self.sum_t) / self.rows**2
 
+    def blocks(self, columns: Tensor) -> Tensor:
+        """Covariance inside each group of features: columns (groups, each) -> (groups, each, each)."""
+        return self.covariance()[columns.unsqueeze(2), columns.unsqueeze(1)]
+
+    def output_variance(self, weight: Tensor) -> Tensor:
+        """Variance of z W (targets,)."""
+        return (weight * (self.covariance() @ weight)).sum(0)
+
     def select(self, kept: Tensor) -> NormalEquations:
         """The same sums for a subset of features (indices)."""
         part = NormalEquations(len(kept), self.targets, self.rows)
@@ -86,6 +96,9 @@ class NormalEquations:
     def target_variance(self) -> float:
         """Variance of the targets, summed over targets: the error of the best constant."""
         return float((self.tt / self.rows - (self.sum_t / self.rows).square()).sum())
+
+
+Sums: TypeAlias = NormalEquations | FewRows
 
 
 @dataclass(frozen=True)
@@ -139,9 +152,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return solved
 
 
-def fit(
-    train: NormalEquations, heldout: NormalEquations, penalties: Sequence[float], prior: Tensor | None = None
-) -> Solution:
+def fit(train: Sums, heldout: Sums, penalties: Sequence[float], prior: Tensor | None = None) -> Solution:
     """Ridge regression whose penalty has the least held-out error; then solved on both parts together.
 
     Args:
@@ -150,6 +161,11 @@ def fit(
         penalties: Relative penalties to try.
         prior: Weights to stay close to; None: zeros.
     """
+    if isinstance(train, FewRows):
+        assert isinstance(heldout, FewRows)
+        weight, bias, penalty, error = fit_rows(train, heldout, penalties, prior)
+        return Solution(weight, bias, penalty, error / max(heldout.target_variance(), 1e-12))
+    assert isinstance(heldout, NormalEquations)
     scored = [(heldout.error(*ridge(train, penalty, prior)), penalty) for penalty in penalties]
     error, penalty = min(scored)
     weight, bias = ridge(train + heldout, penalty, prior)
@@ -168,7 +184,7 @@ class Consumer:
         penalty: Relative ridge penalty.
     """
 
-    equations: NormalEquations
+    equations: Sums
     weight: Tensor
     columns: Tensor
     metric: Tensor | None
@@ -280,7 +296,7 @@ def weight_matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 def write_affine(
-    layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, solution: tuple[Tensor, Tensor], z: NormalEquations
+    layer: nn.Conv2d | nn.Linear, norm: nn.Module | None, solution: tuple[Tensor, Tensor], z: Sums
 ) -> None:
     """Put a solution into a layer, and into the batch norm behind it so that both together compute exactly it.
 
@@ -302,7 +318,7 @@ def write_affine(
             layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
             return
         mean = weight.T @ (z.sum_z / z.rows)
-        variance = (weight * (z.covariance() @ weight)).sum(0).clamp_min(1e-8)
+        variance = z.output_variance(weight).clamp_min(1e-8)
         _set_norm(norm, mean, variance, bias + mean, layer.bias)
 
 

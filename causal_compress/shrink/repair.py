@@ -13,19 +13,23 @@ from causal_compress.shrink.refit import (
     Consumer,
     NormalEquations,
     Solution,
+    Sums,
     effective_affine,
     fit,
     sample_rows,
     surgeon_path,
     write_affine,
 )
+from causal_compress.shrink.rows import FewRows
 from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import BATCH_NORMS, Tail, is_affine, undo
+from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail, is_affine, undo
 
 HELD_OUT_EVERY = 4
 ROWS_PER_FEATURE = 200
 FEWEST_ROWS = 150_000
-MOST_FEATURES = 4800
+MOST_FEATURES = 4800  # beyond, only as many rows are taken as the dual form bears
+MOST_ROWS = 2400
+MOST_WEIGHTS = 40_000_000
 EXACT_FEATURES = 2400
 
 
@@ -53,12 +57,12 @@ def find_site(part: fx.GraphModule, layer: str) -> Site:
 class Fitted:
     """Sums over the fitting and the held-out chunks of one layer."""
 
-    train: NormalEquations
-    heldout: NormalEquations
+    train: Sums
+    heldout: Sums
 
-    def both(self) -> NormalEquations:
+    def both(self) -> Sums:
         """All rows."""
-        return self.train + self.heldout
+        return self.train + self.heldout  # type: ignore[operator]  # both are of one kind
 
     def select(self, kept: Tensor) -> Fitted:
         """The same for a subset of features."""
@@ -108,14 +112,19 @@ def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: 
         rows: Its inputs and its wanted outputs, chunk by chunk.
         chunks: How many there are.
     """
-    sums: dict[bool, NormalEquations] = {}
-    most = rows_wanted(layer) // chunks
+    sums: dict[bool, Sums] = {}
+    most = max(1, rows_wanted(layer) // chunks)
+    few: bool | None = None
     for index, (features, outputs) in enumerate(rows):
         z, t = sample_rows(layer, features, outputs, most, index)
         held = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 if chunks >= HELD_OUT_EVERY else index == chunks - 1
-        if held not in sums:
-            sums[held] = NormalEquations(z.shape[1], t.shape[1])
-        sums[held].add(z, t)
+        few = few_enough(len(z) * chunks, z.shape[1]) if few is None else few
+        if few:
+            sums[held] = FewRows(z, t) if held not in sums else sums[held] + FewRows(z, t)  # type: ignore[operator]
+            continue
+        added = sums.setdefault(held, NormalEquations(z.shape[1], t.shape[1]))
+        assert isinstance(added, NormalEquations)
+        added.add(z, t)
     train = sums.get(False, sums.get(True))
     assert train is not None
     return Fitted(train, sums.get(True, train))
@@ -123,8 +132,19 @@ def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: 
 
 def rows_wanted(layer: nn.Module) -> int:
     """How many rows make the normal equations of a layer: more positions of the same images add little."""
-    features = layer.weight[0].numel()  # type: ignore[index]
-    return max(FEWEST_ROWS, ROWS_PER_FEATURE * int(features))
+    features = int(layer.weight[0].numel())  # type: ignore[index]
+    return MOST_ROWS if features > MOST_FEATURES else max(FEWEST_ROWS, ROWS_PER_FEATURE * features)
+
+
+def few_enough(rows: int, features: int) -> bool:
+    """Whether rows are so few that keeping them is cheaper than normal equations."""
+    return rows < min(features, MOST_ROWS + MOST_ROWS // 8)
+
+
+def too_large(layer: nn.Module) -> str | None:
+    """Why a layer can't be refitted within bounded memory, or None."""
+    weights = layer.weight.numel()  # type: ignore[operator]
+    return f"{weights} weights are too many to refit (limit {MOST_WEIGHTS})" if weights > MOST_WEIGHTS else None
 
 
 def feature_columns(layer: nn.Module, reader: Reader | None, channels: int, features: int) -> Tensor:
@@ -144,7 +164,7 @@ def feature_columns(layer: nn.Module, reader: Reader | None, channels: int, feat
 
 
 def kept_channels(
-    readers: Sequence[tuple[NormalEquations, Tensor, Tensor, Tensor | None]], counts: Sequence[int], penalty: float
+    readers: Sequence[tuple[Sums, Tensor, Tensor, Tensor | None]], counts: Sequence[int], penalty: float
 ) -> dict[int, Tensor]:
     """Which channels of a group stay at each count.
 
@@ -160,10 +180,9 @@ def kept_channels(
     return {count: order[:count].sort().values for count in counts}
 
 
-def _uncompensated_loss(equations: NormalEquations, weight: Tensor, columns: Tensor, metric: Tensor | None) -> Tensor:
+def _uncompensated_loss(equations: Sums, weight: Tensor, columns: Tensor, metric: Tensor | None) -> Tensor:
     """Rise of the squared error when a channel becomes its mean and nothing makes up for it (channels,)."""
-    covariance = equations.covariance()
-    blocks = covariance[columns.unsqueeze(2), columns.unsqueeze(1)]
+    blocks = equations.blocks(columns)
     parts = weight[columns]
     weighed = parts if metric is None else parts @ metric
     return ((blocks @ parts) * weighed).sum((1, 2))
@@ -177,7 +196,7 @@ def masked(solution: Solution, kept: Tensor, features: int) -> tuple[Tensor, Ten
 
 
 def write_solution(
-    part: fx.GraphModule, layer: str, norm: str | None, solution: tuple[Tensor, Tensor], sums: NormalEquations
+    part: fx.GraphModule, layer: str, norm: str | None, solution: tuple[Tensor, Tensor], sums: Sums
 ) -> None:
     """Put a refitted affine map into a part's layer and batch norm (in place)."""
     write_affine(fetch(part, layer), None if norm is None else fetch(part, norm), solution, sums)
@@ -188,15 +207,21 @@ def current_affine(part: fx.GraphModule, layer: str, norm: str | None) -> tuple[
     return effective_affine(fetch(part, layer), None if norm is None else fetch(part, norm))
 
 
+def tail_too_large(part: fx.GraphModule) -> str | None:
+    """Why the last affine layer of a part can't be refitted within bounded memory, or None."""
+    tail = find_tail(part)
+    return too_large(fetch(part, tail.affine)) if isinstance(tail, Tail) else None
+
+
 def affine_layers(part: fx.GraphModule) -> list[str]:
     """Paths of the layers of a part that can be refitted and are called once, in graph order."""
     called = [str(node.target) for node in part.graph.nodes if node.op == "call_module"]
     return [path for path in dict.fromkeys(called) if called.count(path) == 1 and is_affine(part.get_submodule(path))]
 
 
-def channel_axis(activation: Tensor) -> int:
-    """Where the channels of an activation are: dimension 1 of images, the last otherwise."""
-    return 1 if activation.ndim == 4 else activation.ndim - 1
+def channel_axis(layer: nn.Module) -> int:
+    """Where a layer's output has its channels: dimension 1 behind a convolution, the last behind a linear layer."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 def inner_groups(groups: Iterable[ChannelGroup], modules: Sequence[str]) -> list[ChannelGroup]:

@@ -10,7 +10,7 @@ from causal_compress.recipe import RewriteSection
 from causal_compress.results import Change, Decision, Plan, Skip
 from causal_compress.shrink.choice import project
 from causal_compress.shrink.front import Front
-from causal_compress.shrink.repair import MOST_FEATURES, current_affine, tail_equations, write_solution
+from causal_compress.shrink.repair import current_affine, tail_equations, too_large, write_solution
 from causal_compress.shrink.surgery import Student, assemble, merges_of
 from causal_compress.understand.graph import fetch
 from causal_compress.understand.tail import Tail, find_tail
@@ -75,10 +75,10 @@ def _refit(
     tail = find_tail(part)
     assert isinstance(tail, Tail)
     weight, _ = current_affine(part, tail.affine, tail.norm)
-    if len(weight) > MOST_FEATURES:
-        reason = f"{len(weight)} inputs are too many for normal equations (limit {MOST_FEATURES})"
-        return Skip(what=f"refit of {tail.affine}", reason=reason)
     layer = fetch(part, tail.affine)
+    reason = too_large(layer)
+    if reason is not None:
+        return Skip(what=f"refit of {tail.affine}", reason=reason)
     added = [tail.affine] if tail.norm is None and layer.bias is None else []
     sums = tail_equations(part, tail, front.student, targets)
     solution = sums.solve(section.penalties, weight)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from causal_compress.understand.graph import ends, observer
+from causal_compress.shrink.repair import channel_axis
+from causal_compress.understand.graph import ends, fetch, observer
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import Network
 
@@ -43,6 +44,11 @@ def output_metrics(network: Network, inputs: Sequence[Tensor]) -> dict[int, Tens
         for index, tail in tails.items()
         if isinstance(tail, Tail) and not tail.undo
     }
+    axes = {
+        index: channel_axis(fetch(network.regions[index].module, tail.affine))
+        for index, tail in tails.items()
+        if isinstance(tail, Tail)
+    }
     sums: dict[int, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for x in inputs:
@@ -60,7 +66,6 @@ def output_metrics(network: Network, inputs: Sequence[Tensor]) -> dict[int, Tens
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), list(before.values()))
         for index, gradient in zip(before, gradients, strict=True):
-            rows = gradient.movedim(1, -1) if gradient.ndim == 4 else gradient
-            rows = rows.reshape(-1, rows.shape[-1]).double()
+            rows = gradient.movedim(axes[index], -1).flatten(0, -2).double()
             sums[index] = sums.get(index, 0) + rows.T @ rows
     return {index: total / total.diagonal().mean().clamp_min(1e-300) for index, total in sums.items()}

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from torch import nn
+
 from causal_compress.recipe import PlanSection
 from causal_compress.results import Skip
 from causal_compress.shrink.channels import ChannelGroup, find_groups
-from causal_compress.shrink.repair import inner_groups
+from causal_compress.shrink.repair import inner_groups, too_large
+from causal_compress.understand.graph import fetch
 from causal_compress.understand.tail import find_tail
 from causal_compress.understand.trace import Network
 
@@ -31,7 +34,8 @@ def find_widths(network: Network, section: PlanSection) -> Widths:
         network: The teacher.
         section: Include and exclude patterns on module names.
     """
-    groups, skips = find_groups(network.graph, network.example_input)
+    found, skips = find_groups(network.graph, network.example_input)
+    groups, vast = readable(network.graph, found)
     allowed = [group for group in groups if is_allowed(group.producer, section)]
     refused = [
         Skip(what=f"width of {g.producer}", reason="excluded by plan.include/exclude")
@@ -39,7 +43,7 @@ def find_widths(network: Network, section: PlanSection) -> Widths:
         if g not in allowed
     ]
     inner = {region.info.index: inner_groups(allowed, region.info.modules) for region in network.regions}
-    placed = {group.producer for found in inner.values() for group in found}
+    placed = {group.producer for inside in inner.values() for group in inside}
     cuts: dict[int, ChannelGroup] = {}
     for group in allowed:
         if group.producer in placed:
@@ -49,7 +53,21 @@ def find_widths(network: Network, section: PlanSection) -> Widths:
             refused.append(Skip(what=f"width of {group.producer}", reason=index))
         else:
             cuts[index] = group
-    return Widths(inner, cuts, (*skips, *refused))
+    return Widths(inner, cuts, (*skips, *vast, *refused))
+
+
+def readable(graph: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[Skip]]:
+    """The groups of which every reader can be refitted, and refusals of the others."""
+    fine: list[ChannelGroup] = []
+    skips: list[Skip] = []
+    for group in groups:
+        reasons = {reader.layer: too_large(fetch(graph, reader.layer)) for reader in group.readers}
+        refused = [f"it is read by {layer}, whose {reason}" for layer, reason in reasons.items() if reason is not None]
+        if refused:
+            skips.append(Skip(what=f"width of {group.producer}", reason=refused[0]))
+        else:
+            fine.append(group)
+    return fine, skips
 
 
 def is_allowed(name: str, section: PlanSection) -> bool:
@@ -68,7 +86,7 @@ def _cut_of(network: Network, group: ChannelGroup) -> int | str:
             break
         inside = {*before.info.modules, *after.info.modules}.issuperset(group.passing)
         alone = group.writers == (tail.affine,) and [reader.layer for reader in group.readers] == [next_tail.affine]
-        if alone and inside and tail.skip is None:
+        if alone and inside and tail.skip is None and not tail.undo:
             return before.info.index
         break
     return (
