@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from causal_compress.inputs.data import load_data
 from causal_compress.inputs.models import build_model
@@ -72,17 +73,18 @@ def write_gratings(path: Path, size: int, count: int = 800) -> None:
     np.savez(path, x=tinted.clip(0, 255).astype(np.uint8), y=labels)
 
 
-def recipe_for(name: str, data: Path, macs: float) -> Recipe:
+def recipe_for(name: str, arguments: dict[str, Any], data: Path, macs: float) -> Recipe:
     """A small recipe: few inputs, one width, pairs.
 
     Args:
-        name: Of NETWORKS.
+        name: Of a torchvision classifier.
+        arguments: Its keyword arguments.
         data: The npz.
         macs: Share of MACs to keep.
     """
     return Recipe.model_validate(
         {
-            "model": {"arch": f"torchvision:{name}", "args": {"num_classes": CLASSES, **NETWORKS[name][1]}},
+            "model": {"arch": f"torchvision:{name}", "args": {"num_classes": CLASSES, **arguments}},
             "data": {
                 "source": f"npz:{data}",
                 "normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
@@ -102,29 +104,32 @@ def recipe_for(name: str, data: Path, macs: float) -> Recipe:
     )
 
 
-def run_one(name: str, scratch: Path) -> dict[str, Any]:
+def run_one(name: str, size: int, arguments: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """One network the whole way; its row.
 
     Args:
-        name: Of NETWORKS.
+        name: Of a torchvision classifier.
+        size: Side of the input [pixels].
+        arguments: Its keyword arguments.
         scratch: Empty folder.
     """
     started = time.perf_counter()
     data = scratch / "gratings.npz"
-    size = NETWORKS[name][0]
     write_gratings(data, size)
-    analyze(recipe_for(name, data, 1.0), scratch / "analysis", force=True)
+    analyze(recipe_for(name, arguments, data, 1.0), scratch / "analysis", force=True)
     least = front(read_result(scratch / "analysis", "candidates", Candidates))[0].macs
-    recipe = recipe_for(name, data, min(1.0, max(WANTED_MACS, 1.001 * least)))
+    recipe = recipe_for(name, arguments, data, min(1.0, max(WANTED_MACS, 1.001 * least)))
     compress(recipe, scratch / "run", reuse=scratch / "analysis", force=True)
     return {
-        **row(name, scratch / "run", recipe),
+        "arch": name,
+        "input": [3, size, size],
+        **row(scratch / "run", recipe),
         "least_macs_kept": round(least, 4),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def row(name: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
+def row(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """What a finished run says, and what a fresh replay of its surgery puts out."""
     teacher = read_result(folder, "teacher", TeacherScore)
     plan, exported = read_result(folder, "plan", Plan), read_result(folder, "export", Exported)
@@ -132,10 +137,8 @@ def row(name: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
     loaded = load_data(recipe.data, seed=recipe.seed)
     network = trace(build_model(recipe.model, classes=CLASSES), loaded.example_input)
     skips = (*plan.skipped, *rewritten.skipped, *pruned.skipped, *network.untraced)
-    size = NETWORKS[name][0]
+    spread, shape_ok = spread_and_shape(network, folder, pruned, loaded.example_input)
     return {
-        "arch": name,
-        "input": [3, size, size],
         "macs_before": teacher.macs,
         "macs_after": pruned.macs,
         "macs_kept": round(pruned.macs / teacher.macs, 4),
@@ -149,10 +152,10 @@ def row(name: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
         "reasons": reasons_of(skips),
         "unexplained": unexplained(plan, network, skips),
         "onnx_max_abs_diff": exported.parity.max_abs_diff,
-        "logits_spread": spread_and_shape(network, folder, pruned, loaded.example_input)[0],
+        "logits_spread": spread,
         "agreement_pct": exported.parity.agreement_pct,
         "onnx_batches": list(exported.parity.batches),
-        "output_shape_ok": spread_and_shape(network, folder, pruned, loaded.example_input)[1],
+        "output_shape_ok": shape_ok,
     }
 
 
@@ -177,8 +180,6 @@ def unexplained(plan: Plan, network: Network, skips: tuple[Skip, ...]) -> list[s
 
 def spread_and_shape(network: Network, folder: Path, pruned: Log, x: torch.Tensor) -> tuple[float, bool]:
     """Standard deviation of the student's logits, and whether they have the teacher's shape."""
-    from safetensors.torch import load_file
-
     student = replay(network, pruned.surgery, load_file(folder / "prune.safetensors"))
     with torch.no_grad():
         logits, wanted = student.graph(x), network.graph(x)
@@ -214,8 +215,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child is not None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        name = arguments.only[0]
         with tempfile.TemporaryDirectory() as temporary:
-            arguments.child.write_text(json.dumps(run_one(arguments.only[0], Path(temporary))), encoding="utf-8")
+            arguments.child.write_text(json.dumps(run_one(name, *NETWORKS[name], Path(temporary))), encoding="utf-8")
         return
     old = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"] if arguments.out.exists() else []
     rows = {known["arch"]: known for known in old}

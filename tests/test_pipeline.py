@@ -186,7 +186,7 @@ def test_skipped_stages_leave_a_whole_run(finished: Path, weights: Path, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "code", "verdict"),
     [
-        (["budget={macs: 0.18, max_accuracy_drop: 0.1}"], 3, "FAIL"),
+        (["budget={macs: 0.2, max_accuracy_drop: 0.1}"], 3, "FAIL"),
         (["budget={macs: 0.5, max_accuracy_drop: 50}", "benchmark=null"], 4, "INCONCLUSIVE"),
     ],
 )
