@@ -33,7 +33,7 @@ from causal_compress.recipe_file import load_recipe
 from causal_compress.shipped import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN = [256, 128, 64]
+HIDDEN = [512, 256, 128]
 EPOCHS, BATCH, RATE, DECAY = 30, 256, 1e-3, 1e-4
 LABEL, DIFFICULTY, SYMBOLIC = 41, 42, [1, 2, 3]
 

@@ -21,7 +21,7 @@ from causal_compress.deploy.benchmark import benchmark, deployed
 from causal_compress.deploy.onnx import export
 from causal_compress.deploy.package import load
 from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown
-from causal_compress.errors import UsageError
+from causal_compress.errors import RunFolderError, UsageError
 from causal_compress.explain.examples import Examples, find_disagreements
 from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
 from causal_compress.files import atomic_write_text
@@ -144,6 +144,7 @@ def numerics(recipe: Recipe) -> Iterator[None]:
 
 def understand(run: Run, recipe: Recipe, *, force: bool) -> Understood:
     """Everything up to the plan."""
+    resolve_device(recipe.device)  # a device that is not there is refused before any work
     if recipe.model.arch is None or recipe.data.source is None:
         raise UsageError(
             "nothing to compress", found="no model.arch or no data.source", remedy="give --arch and --data"
@@ -347,6 +348,12 @@ def rebuild_report(run_dir: Path) -> Path:
         RunFolderError: the folder holds no finished run.
     """
     read_result(run_dir, "export", Exported)
+    if not (run_dir / "report.json").exists():
+        raise RunFolderError(
+            f"{run_dir} holds no report.json",
+            found="a run that ended before its report",
+            remedy="run the compress command on this folder again: it computes only what is missing",
+        )
     context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
     atomic_write_text(run_dir / "report.html", build_report(context))
     return run_dir / "report.html"

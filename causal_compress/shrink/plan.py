@@ -88,7 +88,7 @@ def _impossible(candidates: Candidates, macs: float | None, params: float | None
         found=f"the smallest possible keeps {least['macs']:.3f} of the MACs; of the parameters, {least['params']:.3f}",
         wanted=", ".join(wanted),
         remedy="raise the budget, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, "
-        "or lower plan.align",
+        "lower plan.align, or check plan.include and plan.exclude",
     )
 
 

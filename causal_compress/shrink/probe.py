@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from causal_compress.errors import DataError
 from causal_compress.inputs.data import Features, Split
 from causal_compress.recipe import InterveneSection, PlanSection
 from causal_compress.understand.intervene import intervened
 
 CHUNK = 64
+FEWEST_INPUTS = 16
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,22 @@ def draw_probe(split: Split, features: Features, section: PlanSection, intervene
         section: How many inputs.
         intervene: Grid, fraction and baselines of the interventions.
         seed: Of the masks.
+
+    Raises:
+        DataError: too few calibration inputs.
     """
     generator = torch.Generator().manual_seed(seed)
-    plain = [x for x, _ in split.batches(CHUNK)]
-    held = max(1, min(len(plain) // 3, -(-section.heldout // CHUNK)))
-    fitted = max(1, min(len(plain) - held, -(-section.inputs // CHUNK)))
+    if len(split) < FEWEST_INPUTS:
+        raise DataError(
+            "too few calibration inputs for refits",
+            found=f"{len(split)}",
+            wanted=f"at least {FEWEST_INPUTS}",
+            remedy="raise data.calibration, or give more data",
+        )
+    size = min(CHUNK, len(split) // 4)
+    plain = [x for x, _ in split.batches(size)]
+    held = max(1, min(len(plain) // 3, -(-section.heldout // size)))
+    fitted = max(1, min(len(plain) - held, -(-section.inputs // size)))
 
     def mixed(x: Tensor) -> Tensor:
         changed = intervened(
