@@ -161,8 +161,8 @@ def row(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 def reasons_of(skips: tuple[Skip, ...]) -> dict[str, int]:
     """Distinct reasons, numbers and indices left out, with how often each was given."""
-    told = Counter(re.sub(r"\d+", "N", re.sub(r"[\w.]*\.\d[\w.]*", "LAYER", skip.reason)) for skip in skips)
-    return dict(told.most_common())
+    numbers, layers = re.compile(r"(?<![\w.])\d+(\.\d+)?(?![\w.])"), re.compile(r"[\w.]*\.\d[\w.]*")
+    return dict(Counter(layers.sub("LAYER", numbers.sub("N", skip.reason)) for skip in skips).most_common())
 
 
 def unexplained(plan: Plan, network: Network, skips: tuple[Skip, ...]) -> list[str]:

@@ -318,6 +318,7 @@ def test_a_terminal_gets_a_table():
 def test_ctrl_c_ends_a_real_process_with_one_line(tmp_path):
     code = (
         "import sys, os, signal, types; from causal_compress.cli import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background shell hands on an ignored one
         "m = types.ModuleType('causal_compress.pipeline');"
         "m.rebuild_report = lambda _: os.kill(os.getpid(), signal.SIGINT);"
         "sys.modules['causal_compress.pipeline'] = m; sys.exit(main(['report', 'run']))"

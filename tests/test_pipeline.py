@@ -100,7 +100,7 @@ def test_the_run_folder_holds_what_was_promised_and_no_leftovers(finished: Path)
     found = {path.name for path in finished.iterdir()}
     assert found - {".lock"} == FILES
     run = read(finished, "run.json")
-    assert [stage["stage"] for stage in run["stages"]][: len(STAGES)] == STAGES
+    assert {stage["stage"] for stage in run["stages"]} >= set(STAGES)  # a stage that was done again stands last
     assert all(stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 10**7 for stage in run["stages"])
     assert len(run["checkpoint_sha256"]) == len(run["data_sha256"]) == len(run["recipe_sha256"]) == 64
 
