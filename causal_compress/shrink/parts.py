@@ -105,8 +105,14 @@ def _like(layer: nn.Conv2d | nn.Linear, inputs: int, outputs: int) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
         geometry: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
         kernel: Any = layer.kernel_size
-        return nn.Conv2d(inputs, outputs, kernel, bias=layer.bias is not None, **geometry)
-    return nn.Linear(inputs, outputs, bias=layer.bias is not None)
+        fresh: nn.Module = nn.Conv2d(inputs, outputs, kernel, bias=layer.bias is not None, **geometry)
+    else:
+        fresh = nn.Linear(inputs, outputs, bias=layer.bias is not None)
+    for (
+        parameter
+    ) in fresh.parameters():  # zeros are what the refit stays close to: no chance, so a resumed run is equal
+        nn.init.zeros_(parameter)
+    return fresh
 
 
 def _replace(part: fx.GraphModule, path: str, module: nn.Module) -> None:
