@@ -3,10 +3,12 @@
     python benchmarks/architectures.py
     python benchmarks/architectures.py --only resnet18 mobilenet_v2
 
-Weights are random and inputs are small: what is shown is that each architecture comes out valid, smaller, of the same
-output shape and equal in ONNX, and that whatever was left whole has a reason; accuracy means nothing here. The logits
-of random weights hardly depend on the input, so `onnx_max_abs_diff` is the measure of parity; `agreement_pct` is on
-ties. Each network runs in a process of its own; `peak_bytes` is that process's largest resident set, torch included.
+Weights are random (but let the input through to the logits, see `write_weights`) and inputs are small: what is shown is
+that each architecture comes out valid, smaller, of the same output shape and equal in ONNX, and that whatever was left
+whole has a reason; accuracy and harm mean nothing here. The logits of random weights hardly depend on the input, so
+`onnx_max_abs_diff` is the measure of parity, beside `logits_spread`, their standard deviation; `agreement_pct` may be
+on near ties. Where no plan reaches 0.7 of the MACs the least possible is asked for. Each network runs in a process of
+its own; `peak_bytes` is that process's largest resident set, torch included.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from causal_compress.inputs.data import load_data
 from causal_compress.inputs.models import build_model
@@ -36,6 +39,7 @@ from causal_compress.recipe import Recipe
 from causal_compress.results import Candidates, Exported, Log, Plan, Skip, TeacherScore
 from causal_compress.runs import read_result
 from causal_compress.shrink.plan import front
+from causal_compress.shrink.prune import reestimate_batch_norms
 from causal_compress.shrink.surgery import replay
 from causal_compress.understand.trace import Network, trace
 
@@ -73,20 +77,24 @@ def write_gratings(path: Path, size: int, count: int = 800) -> None:
     np.savez(path, x=tinted.clip(0, 255).astype(np.uint8), y=labels)
 
 
-def recipe_for(name: str, arguments: dict[str, Any], data: Path, macs: float) -> Recipe:
+def recipe_for(name: str, arguments: dict[str, Any], scratch: Path, macs: float) -> Recipe:
     """A small recipe: few inputs, one width, pairs.
 
     Args:
         name: Of a torchvision classifier.
         arguments: Its keyword arguments.
-        data: The npz.
+        scratch: Folder of the data and, once they are written, the weights.
         macs: Share of MACs to keep.
     """
     return Recipe.model_validate(
         {
-            "model": {"arch": f"torchvision:{name}", "args": {"num_classes": CLASSES, **arguments}},
+            "model": {
+                "arch": f"torchvision:{name}",
+                "args": {"num_classes": CLASSES, **arguments},
+                "weights": str(weights) if (weights := scratch / "weights.pt").exists() else None,
+            },
             "data": {
-                "source": f"npz:{data}",
+                "source": f"npz:{scratch / 'gratings.npz'}",
                 "normalize": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
                 "calibration": 192,
                 "validation": 64,
@@ -114,11 +122,11 @@ def run_one(name: str, size: int, arguments: dict[str, Any], scratch: Path) -> d
         scratch: Empty folder.
     """
     started = time.perf_counter()
-    data = scratch / "gratings.npz"
-    write_gratings(data, size)
-    analyze(recipe_for(name, arguments, data, 1.0), scratch / "analysis", force=True)
+    write_gratings(scratch / "gratings.npz", size)
+    write_weights(recipe_for(name, arguments, scratch, 1.0), scratch / "weights.pt")
+    analyze(recipe_for(name, arguments, scratch, 1.0), scratch / "analysis", force=True)
     least = front(read_result(scratch / "analysis", "candidates", Candidates))[0].macs
-    recipe = recipe_for(name, arguments, data, min(1.0, max(WANTED_MACS, 1.001 * least)))
+    recipe = recipe_for(name, arguments, scratch, min(1.0, max(WANTED_MACS, 1.001 * least)))
     compress(recipe, scratch / "run", reuse=scratch / "analysis", force=True)
     return {
         "arch": name,
@@ -127,6 +135,27 @@ def run_one(name: str, size: int, arguments: dict[str, Any], scratch: Path) -> d
         "least_macs_kept": round(least, 4),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def write_weights(recipe: Recipe, path: Path) -> None:
+    """Random weights that let the input through to the logits.
+
+    Batch norms get the statistics that they have on the data; layers that torchvision sets to zero (the head of a
+    vision transformer), and networks without any norm (AlexNet), begin as He et al. 2015 do.
+
+    Args:
+        recipe: Names the architecture and the data.
+        path: File to write.
+    """
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model)
+    data = load_data(recipe.data, seed=recipe.seed)
+    normed = any(isinstance(module, nn.BatchNorm2d | nn.LayerNorm) for module in model.modules())
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not (normed and module.weight.any()):
+            nn.init.kaiming_normal_(module.weight)
+    reestimate_batch_norms(model, [x for x, _ in data.calibration.batches(64)])
+    torch.save(model.state_dict(), path)
 
 
 def row(folder: Path, recipe: Recipe) -> dict[str, Any]:
@@ -150,8 +179,9 @@ def row(folder: Path, recipe: Recipe) -> dict[str, Any]:
         "narrowed": len(pruned.surgery.keeps),
         "left_whole": len(skips),
         "reasons": reasons_of(skips),
-        "unexplained": unexplained(plan, network, skips),
+        "unexplained": unexplained(plan, network, read_result(folder, "candidates", Candidates), skips),
         "onnx_max_abs_diff": exported.parity.max_abs_diff,
+        "teacher_onnx_max_abs_diff": exported.teacher_parity.max_abs_diff if exported.teacher_parity else None,
         "logits_spread": spread,
         "agreement_pct": exported.parity.agreement_pct,
         "onnx_batches": list(exported.parity.batches),
@@ -161,19 +191,23 @@ def row(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 def reasons_of(skips: tuple[Skip, ...]) -> dict[str, int]:
     """Distinct reasons, numbers and indices left out, with how often each was given."""
-    numbers, layers = re.compile(r"(?<![\w.])\d+(\.\d+)?(?![\w.])"), re.compile(r"[\w.]*\.\d[\w.]*")
+    numbers, layers = re.compile(r"(?<![\w.])\d+(\.\d+)?(?![\w.])"), re.compile(r"\b[a-z][\w.]*\d[\w.]*")
     return dict(Counter(layers.sub("LAYER", numbers.sub("N", skip.reason)) for skip in skips).most_common())
 
 
-def unexplained(plan: Plan, network: Network, skips: tuple[Skip, ...]) -> list[str]:
-    """Regions that stayed whole though no alternative was measured for them and no reason names one of their layers."""
-    named = " ".join(skip.what for skip in skips).split()
+def unexplained(plan: Plan, network: Network, candidates: Candidates, skips: tuple[Skip, ...]) -> list[str]:
+    """Regions that stayed whole though nothing else was measured for them and no reason names one of their layers."""
+    named = {word for skip in skips for word in re.split(r"\s+|\.\.", skip.what)}
+    measured = {c.first - 1 for c in candidates.rows if c.inputs_kept < 1.0}  # the cut point behind a region narrows
+    for candidate in candidates.rows:
+        if candidate.first != candidate.last or candidate.widths:
+            measured.update(range(candidate.first, candidate.last + 1))
     found = []
     for decision in plan.decisions:
         region = network.regions[decision.candidate.first].info
         last = region.index == len(network.regions) - 1  # the classifier's outputs are the classes
-        untouched = decision.kind == "keep" and decision.outputs_kept == 1.0 and not decision.refused and not last
-        if untouched and not set(named) & {region.name, *region.modules}:
+        untouched = decision.kind == "keep" and decision.outputs_kept == 1.0 and not last
+        if untouched and region.index not in measured and not named & {region.name, *region.modules}:
             found.append(region.name)
     return found
 

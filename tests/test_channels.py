@@ -55,6 +55,30 @@ def test_a_depthwise_convolution_passes_channels_on() -> None:
     assert [skip.what for skip in skips] == ["width of depth"]
 
 
+class Attending(nn.Module):
+    """Tokens through attention, between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.embed(x))
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_attention_is_left_whole_with_reasons_of_one_line() -> None:
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    found, skips = find_groups(trace(Attending(), x).graph, x)
+    assert not found
+    assert {skip.what: skip.reason for skip in skips} == {
+        "width of attention": "the inside of a MultiheadAttention is not narrowed",
+        "width of embed": "its channels reach attention (MultiheadAttention), which can't be narrowed",
+    }
+
+
 def test_the_classifier_is_never_a_group() -> None:
     assert "fc" not in groups_of(Stages(), images(2, 1, 8))
     mlp = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))

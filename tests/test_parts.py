@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import Depthwise, Residual, Stages, images, random_norms
+from tiny import Depthwise, Plain, Residual, Stages, images, random_norms
 from torch import nn
 
+from causal_compress.recipe import PlanSection
 from causal_compress.results import Merge
+from causal_compress.shrink import repair
 from causal_compress.shrink.parts import build_part, fitting_adapter
+from causal_compress.shrink.refit import NormalEquations
+from causal_compress.shrink.rows import FewRows
+from causal_compress.shrink.widths import find_widths
 from causal_compress.understand.graph import fetch
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import Network, site_activations, trace
@@ -145,3 +150,26 @@ def test_every_part_that_is_offered_fits_the_shapes(blocks: int) -> None:
                         continue
                     x = torch.randn(3, *network.regions[first].info.input_shape)
                     assert found[1](x).shape == (3, *network.regions[last].info.output_shape)
+
+
+def test_a_layer_too_large_to_refit_keeps_the_channels_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = trace(Plain().eval(), images(2, 1, 4))
+    assert set(find_widths(network, PlanSection()).cuts) == {0, 1}
+    monkeypatch.setattr(repair, "MOST_WEIGHTS", 53)
+    widths = find_widths(network, PlanSection())
+    assert set(widths.cuts) == {1}
+    assert [(skip.what, skip.reason) for skip in widths.skipped] == [
+        ("width of conv1", "it is read by conv2, whose 54 weights are too many to refit (limit 53)")
+    ]
+
+
+@pytest.mark.parametrize(("features", "kind"), [(4, NormalEquations), (40, FewRows)])
+def test_rows_are_kept_themselves_where_they_are_fewer_than_features(features: int, kind: type) -> None:
+    layer = nn.Linear(features, 2)
+    chunks = [torch.randn(4, features, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with torch.no_grad():
+        sums = repair.accumulate(layer, ((x, layer(x)) for x in chunks), len(chunks))
+    assert isinstance(sums.train, kind)
+    assert isinstance(sums.heldout, kind)
+    assert (sums.train.rows, sums.heldout.rows, sums.both().rows) == (12, 4, 16)
+    assert sums.solve([1e-4], layer.weight.detach().T.double()).relative_error < 1e-3

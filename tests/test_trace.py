@@ -288,8 +288,18 @@ class Scaled(nn.Module):
         return self.fc(torch.relu(x).mean((2, 3)))
 
 
-def test_a_target_is_carried_back_through_scale_and_permutation() -> None:
-    model, x = Scaled().eval(), images(2, 2, 4)
+class Permuted(Scaled):
+    """The same with `torch.permute`, as torchvision's own Permute calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        inside = torch.permute(self.linear(torch.permute(x, (0, 2, 3, 1))), dims=[0, 3, 1, 2])
+        return self.fc(torch.relu(x + self.scale * inside).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Permuted])
+def test_a_target_is_carried_back_through_scale_and_permutation(kind: type[Scaled]) -> None:
+    model, x = kind().eval(), images(2, 2, 4)
     network = trace(model, x)
     piece = network.regions[1].module
     tail = find_tail(piece)
@@ -349,3 +359,26 @@ def test_names_and_chunks() -> None:
     assert common_name([], "region7") == "region7"
     x = torch.rand(7, 3)
     assert torch.equal(run_in_chunks(nn.Identity(), x, 2), x)
+
+
+class Normed(nn.Module):
+    """Blocks whose sum goes through a norm: it can't be folded into one summand, but it need not be undone either."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.inner = nn.Linear(6, 6)
+        self.norm = norm
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.fc(torch.relu(self.norm(x + self.inner(x))))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.BatchNorm1d(6)])
+def test_a_norm_of_a_sum_belongs_to_what_follows_the_tail(norm: nn.Module) -> None:
+    found = tails(random_norms(Normed(norm)), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    assert isinstance(found[1], Tail)
+    assert (found[1].affine, found[1].norm, found[1].pre.name) == ("inner", None, "add")
+    assert found[1].skip is not None

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from causal_compress.results import Keep, Skip
 from causal_compress.understand.tail import is_affine
+from causal_compress.understand.trace import HEAVY
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,11 @@ def find_groups(graph: fx.GraphModule, example_input: Tensor) -> tuple[tuple[Cha
     order = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     roots = [path for path in dict.fromkeys(order) if isinstance(graph.get_submodule(path), nn.Conv2d | nn.Linear)]
     groups: list[ChannelGroup] = []
-    skips: list[Skip] = []
+    skips = [
+        Skip(what=f"width of {path}", reason=f"the inside of a {type(module).__name__} is not narrowed")
+        for path in dict.fromkeys(order)
+        if isinstance(module := graph.get_submodule(path), HEAVY) and not isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     grouped: set[str] = set()
     for path in roots[:-1]:
         if path in grouped:

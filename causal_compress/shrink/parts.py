@@ -63,9 +63,14 @@ def _checked(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphMo
     try:
         with torch.no_grad():
             shape = tuple(part(_example(network, merge.first)).shape[1:])
-    except RuntimeError as error:
-        return f"shapes don't fit: {str(error).splitlines()[0][:120]}"
+    except RuntimeError:
+        return _misfit(network, merge)
     return part if shape == wanted else f"shapes don't fit: gives {shape}, wanted {wanted}"
+
+
+def _misfit(network: Network, merge: Merge) -> str:
+    reads, given = (network.regions[index].info for index in (merge.representative, merge.first))
+    return f"shapes don't fit: {reads.name} reads {reads.input_shape}, the node is given {given.input_shape}"
 
 
 def _reshaped(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphModule | str:
@@ -78,8 +83,8 @@ def _reshaped(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphM
     try:
         with torch.no_grad():
             features = extract(part, entry, tail.features)(_example(network, merge.first))
-    except RuntimeError as error:
-        return f"shapes don't fit: {str(error).splitlines()[0][:120]}"
+    except RuntimeError:
+        return _misfit(network, merge)
     outputs = _tail_outputs(network, merge.last)
     layer = fetch(part, tail.affine)
     if isinstance(layer, nn.Conv2d) != (features.ndim == 4):
