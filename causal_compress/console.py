@@ -36,6 +36,7 @@ def speaking(verbosity: int) -> Iterator[None]:
     before, handler = logger.level, _handler(console)
     logger.setLevel(level)
     logger.addHandler(handler)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing GPU while compiling
     try:
         with enabled(console):
             yield

@@ -53,7 +53,6 @@ from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
 from causal_compress.shrink.surgery import Student, boundaries, save_weights
 from causal_compress.shrink.surgery import replay as replay_surgery
-from causal_compress.shrink.targets import output_metrics
 from causal_compress.understand.cost import count_macs, count_params
 from causal_compress.understand.group import group
 from causal_compress.understand.intervene import intervene
@@ -85,6 +84,7 @@ class Understood:
     candidates: Candidates
     plan: Plan
     probe: Probe
+    temperature: float
 
 
 def compress(
@@ -168,7 +168,8 @@ def understand(run: Run, recipe: Recipe, *, force: bool) -> Understood:
         lambda _: group(effects, recipe.group, seed=recipe.seed),
         depends={"intervene": run.key_of("intervene"), "group": recipe.group},
     )
-    probe = draw_probe(data.calibration, data.features, recipe.plan, recipe.intervene, recipe.seed)
+    refitted = max(recipe.rewrite.inputs, recipe.prune.inputs)
+    probe = draw_probe(data.calibration, data.features, recipe.plan, recipe.intervene, refitted, seed=recipe.seed)
     candidates = run.stage(
         "candidates",
         Candidates,
@@ -186,14 +187,14 @@ def understand(run: Run, recipe: Recipe, *, force: bool) -> Understood:
             "plan": recipe.plan,
         },
     )
-    return Understood(data, network, teacher, effects, groups, candidates, plan, probe)
+    return Understood(data, network, teacher, effects, groups, candidates, plan, probe, recipe.plan.temperature)
 
 
 def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Student]:
     """Merge: one refitted representative per causal node."""
 
     def work(scratch: Path) -> Log:
-        front = front_of(recipe, known)
+        front = front_of(known, recipe.rewrite.inputs)
         student, changes, skips = rewrite(known.network, known.plan, front, recipe.rewrite)
         return write_log(scratch, "rewrite", student, known, (changes, skips), front.harm_kl)
 
@@ -205,19 +206,18 @@ def shrink_width(run: Run, recipe: Recipe, known: Understood, student: Student) 
     """Narrow: channels removed, readers refitted."""
 
     def work(scratch: Path) -> Log:
-        front = front_of(recipe, known)
-        metrics = output_metrics(known.network, known.probe.heldout)
-        narrowed, changes, skips = prune(student, known.plan, front, metrics, recipe.prune)
+        front = front_of(known, recipe.prune.inputs)
+        narrowed, changes, skips = prune(student, known.plan, front, recipe.prune)
         return write_log(scratch, "prune", narrowed, known, (changes, skips), front.harm_kl)
 
     log = run.stage("prune", Log, work, depends={"rewrite": run.key_of("rewrite"), "prune": recipe.prune})
     return log, read_student(run, known, log.surgery, "prune.safetensors")
 
 
-def front_of(recipe: Recipe, known: Understood) -> Front:
-    """A fresh front at the input, on the probe's inputs."""
-    inputs = known.probe.surgery[: max(1, -(-recipe.rewrite.inputs // len(known.probe.surgery[0])))]
-    return open_front(known.network, inputs, known.probe.heldout, recipe.plan.temperature)
+def front_of(known: Understood, inputs: int) -> Front:
+    """A fresh front at the network's input, on so many of the probe's inputs (whole chunks of them)."""
+    chunks = known.probe.surgery[: -(-inputs // len(known.probe.surgery[0]))]
+    return open_front(known.network, chunks, known.probe.heldout, known.temperature)
 
 
 def write_log(

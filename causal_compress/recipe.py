@@ -143,7 +143,9 @@ class DistillSection(Section):
 
     epochs: NonNegative = 10
     batch_size: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.02, description="peak; low, because the closed forms have brought the student near already"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Annotated[float, Field(gt=0)] = 4.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -159,6 +161,9 @@ class DistillSection(Section):
         0.999, description="decay of the averaged weights; 0 switches it off"
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="fuse loops with torch.compile; auto: on CPUs with a C++ compiler, in long runs"
+    )
 
 
 class ExportSection(Section):

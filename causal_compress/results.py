@@ -296,6 +296,7 @@ class Distilled:
     averaged: bool
     device: str
     processes: int
+    compiled: bool
 
 
 @dataclass(frozen=True, kw_only=True, config=_config)

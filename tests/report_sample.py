@@ -206,6 +206,7 @@ def distilled() -> Distilled:
         images_per_second=912.4,
         precision="bf16",
         averaged=True,
+        compiled=False,
         device="cpu",
         processes=1,
     )

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from causal_compress.errors import DataError, NumericalError, RunFolderError, TraceError
+from causal_compress.errors import DataError, MissingPackageError, NumericalError, RunFolderError, TraceError
 from causal_compress.recipe import DistillSection
-from causal_compress.recover import checkpoint, training
+from causal_compress.recover import checkpoint, compiling, training
 from causal_compress.recover.distill import distill
 from causal_compress.recover.losses import boundary_loss, kd_loss
 from causal_compress.recover.networks import answer, observed
@@ -124,6 +124,32 @@ def teacher() -> fx.GraphModule:
 @pytest.fixture
 def student() -> fx.GraphModule:
     return network(6, 1)
+
+
+def test_compiled_training_follows_eager_training(student: nn.Module, teacher: nn.Module) -> None:
+    pytest.importorskip("torch._inductor")
+    settings = {"epochs": 2, "batch_size": 32, "precision": "fp32"}
+    eager, told = run(student, teacher, DistillSection(**settings, compile=False))
+    try:
+        fused, also_told = run(student, teacher, DistillSection(**settings, compile=True))
+    except MissingPackageError as error:
+        pytest.skip(f"nothing here can compile: {error.found}")
+    assert (told.compiled, also_told.compiled) == (False, True)
+    assert eager.state_dict().keys() == fused.state_dict().keys()
+    for name, tensor in eager.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_short_runs_are_not_compiled(student: nn.Module, teacher: nn.Module) -> None:
+    assert not run(student, teacher, section())[1].compiled
+
+
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, student: nn.Module, teacher: nn.Module) -> None:
+    monkeypatch.setattr(compiling, "_fault", lambda _: "no working C++ compiler")
+    with pytest.raises(MissingPackageError, match="C\\+\\+ compiler"):
+        run(student, teacher, section(compile=True))
+    monkeypatch.setattr(compiling, "_WORTHWHILE_STEPS", 1)
+    assert not run(student, teacher, section(compile="auto"))[1].compiled
 
 
 def test_student_approaches_the_teacher(student: nn.Module, teacher: nn.Module) -> None:

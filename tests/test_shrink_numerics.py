@@ -133,9 +133,9 @@ def test_a_refit_on_nan_says_so() -> None:
         ridge(equations(z, t), 0.1)
 
 
-def surgeon(z: Tensor, t: Tensor, columns: Tensor, penalty: float, metric: Tensor | None = None) -> Consumer:
+def surgeon(z: Tensor, t: Tensor, columns: Tensor, penalty: float) -> Consumer:
     sums = equations(z, t)
-    return Consumer(sums, ridge(sums, penalty)[0], columns, metric, penalty)
+    return Consumer(sums, ridge(sums, penalty)[0], columns, penalty)
 
 
 @pytest.mark.parametrize("each", [1, 2])
@@ -152,15 +152,6 @@ def test_the_surgeon_removes_what_brute_force_would(each: int, seed: int) -> Non
         remaining = [[c for c in alive if c != gone] for gone in alive]
         alive = min(remaining, key=lambda left: best_within(z, t, strength, columns[left].flatten().tolist())[0])
         assert path[len(alive)].tolist() == alive
-
-
-def test_the_surgeons_cost_weighs_outputs_by_the_metric() -> None:
-    z = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-    t = torch.stack([3 * z[:, 0], 2 * z[:, 1] + z[:, 2]], 1)
-    columns = torch.arange(3).unsqueeze(1)
-    assert surgeon_path([surgeon(z, t, columns, 1e-6)], [1])[1].tolist() == [0]
-    second_counts = torch.diag(torch.tensor([0.01, 1.0], dtype=torch.float64))
-    assert surgeon_path([surgeon(z, t, columns, 1e-6, second_counts)], [1])[1].tolist() == [1]
 
 
 def test_costs_of_several_readers_are_added() -> None:

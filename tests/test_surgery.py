@@ -19,7 +19,6 @@ from causal_compress.shrink.front import Front, open_front, output_kl
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
 from causal_compress.shrink.surgery import Student, assemble, merges_of, narrow, replay
-from causal_compress.shrink.targets import output_metrics
 from causal_compress.understand.cost import count_params
 from causal_compress.understand.trace import Network, trace
 
@@ -203,17 +202,15 @@ def test_a_narrowed_layer_with_refitted_readers_is_better_than_one_without(
 
 def narrowed(network: Network, plan: Plan, name: str) -> tuple[Student, tuple, tuple]:  # type: ignore[type-arg]
     student = assemble(network, merges_of(plan))
-    metrics = output_metrics(network, inputs_of(name, 64, 2).split(32))
-    return prune(student, plan, front_at_input(network, name), metrics, PruneSection(inputs=256))
+    return prune(student, plan, front_at_input(network, name), PruneSection(inputs=256))
 
 
 def both(network: Network) -> tuple[Plan, Student]:
     """A residual network whose blocks 1 and 2 merge and whose block 3 is narrowed."""
     plan = planned(merging(network, 1, 2), {3: {"blocks.2.conv1": 3}})
     student, _, _ = rewrite(network, plan, front_at_input(network, "residual"), RewriteSection(inputs=256))
-    metrics = output_metrics(network, inputs_of("residual", 64, 2).split(32))
     front = front_at_input(network, "residual")
-    return plan, prune(student, plan, front, metrics, PruneSection(inputs=256))[0]
+    return plan, prune(student, plan, front, PruneSection(inputs=256))[0]
 
 
 def deep(seed: int = 0) -> Network:
@@ -261,8 +258,7 @@ def test_nothing_that_is_passed_in_changes() -> None:
     copy_of_plan = copy.deepcopy(plan)
     student, _, _ = rewrite(network, plan, front, RewriteSection(inputs=256))
     before = weights_of(student.graph)
-    metrics = output_metrics(network, inputs_of("residual", 64, 2).split(32))
-    prune(student, plan, front_at_input(network, "residual"), metrics, PruneSection(inputs=256))
+    prune(student, plan, front_at_input(network, "residual"), PruneSection(inputs=256))
     assert unchanged(student.graph, before)
     assert unchanged(network.graph, teacher)
     assert [module.training for module in network.graph.modules()] == modes

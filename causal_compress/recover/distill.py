@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from causal_compress.errors import DataError, MissingPackageError, TraceError
 from causal_compress.inputs.data import Data
 from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
+from causal_compress.recover.compiling import compiled, is_compiled
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
 from causal_compress.recover.training import Course, Learner, count_correct, place_network, prepare, train_epoch
 from causal_compress.results import Distilled, Epoch
@@ -74,6 +75,8 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
     if section.epochs > 0:
         _check(course, watched, boundaries)
         stamp = _stamp(course, student, boundaries)
+        if course.compiled:
+            course = replace(course, teacher=compiled(course.teacher))
         learner = prepare(course, watched)
         history = _train(course, learner, progress_dir, stamp)
         trained.load_state_dict(learner.result.state_dict())
@@ -90,7 +93,10 @@ def _set_out(
     place = torch.device(device) if accelerator.num_processes == 1 else accelerator.device
     guide = fold_batch_norms(observed(teacher, nodes, role="teacher").eval())
     guide = place_network(guide.requires_grad_(False), place, data)
-    return Course(data, section, seed, guide, accelerator, place, _uses_bf16(section.precision, place))
+    course = Course(data, section, seed, guide, accelerator, place, _uses_bf16(section.precision, place))
+    if is_compiled(section, steps=course.steps, device=place, processes=accelerator.num_processes):
+        return replace(course, compiled=True)
+    return course
 
 
 def resolve_device(name: str) -> str:
@@ -147,7 +153,7 @@ def _check(course: Course, watched: nn.Module, boundaries: Sequence[tuple[str, s
 
 def _stamp(course: Course, student: nn.Module, boundaries: Sequence[tuple[str, str]]) -> str:
     """All that the trained weights depend on; progress with another stamp is another run's."""
-    place = f"{course.device.type} {course.bf16} {course.accelerator.num_processes}"
+    place = f"{course.device.type} {course.bf16} {course.compiled} {course.accelerator.num_processes}"
     texts = [course.section.model_dump_json(), str(course.seed), str(list(boundaries)), course.data.fingerprint, place]
     return checkpoint.fingerprint(student, [*texts, checkpoint.fingerprint(course.teacher, ())])
 
@@ -185,4 +191,5 @@ def _summary(course: Course, trained: nn.Module, history: Sequence[Epoch]) -> Di
         averaged=course.section.ema > 0 and bool(history),
         device=course.device.type,
         processes=course.accelerator.num_processes,
+        compiled=course.compiled,
     )

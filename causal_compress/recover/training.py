@@ -19,6 +19,7 @@ from causal_compress.errors import NumericalError
 from causal_compress.inputs.data import Data
 from causal_compress.progress import progress
 from causal_compress.recipe import DistillSection, InterveneSection
+from causal_compress.recover.compiling import compiled
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
 from causal_compress.recover.networks import answer
 from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
@@ -44,6 +45,7 @@ class Course:
     accelerator: Accelerator
     device: torch.device
     bf16: bool
+    compiled: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,6 +123,8 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
     if section.ema > 0:
         average = AveragedModel(student, multi_avg_fn=_averaging(section.ema), use_buffers=True)
     parallel, optimizer = course.accelerator.prepare(student, optimizer)
+    if course.compiled:
+        parallel = compiled(parallel)
     return Learner(student, parallel, optimizer, average)
 
 

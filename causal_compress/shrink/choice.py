@@ -99,10 +99,6 @@ class Choice:
             self.fitted[layer] = (sums, self._solve(sums, layer, site.norm))
         return self.fitted[layer]
 
-    def _metric(self, layer: str) -> Tensor | None:
-        is_tail = self.tail is not None and layer == self.tail.affine
-        return self.sweep.metrics.get(self.last) if is_tail else None
-
     def measured(self, widths: dict[str, int], inputs_kept: float) -> Candidate:
         """Refit at given widths, put the part into the teacher's place, and read the output's KL."""
         part = copy.deepcopy(self.part)
@@ -162,9 +158,7 @@ class Choice:
         key = ",".join(layer for _, layer, _ in known)
         if key not in self.paths:
             counts = {aligned(channels, share, self.sweep.section) for share in self.sweep.section.widths}
-            readers = [
-                (sums.both(), solution[0], columns, self._metric(layer)) for (sums, solution), layer, columns in known
-            ]
+            readers = [(sums.both(), solution[0], columns) for (sums, solution), _, columns in known]
             self.paths[key] = kept_channels(readers, sorted(counts), PATH_PENALTY)
         return self.paths[key]
 

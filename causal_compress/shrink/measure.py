@@ -24,7 +24,7 @@ from causal_compress.shrink.costs import layer_costs, part_costs
 from causal_compress.shrink.parts import fitting_adapter
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.repair import tail_too_large
-from causal_compress.shrink.targets import before_and_after, output_metrics
+from causal_compress.shrink.targets import before_and_after
 from causal_compress.shrink.widths import Widths, find_widths, is_allowed, level_counts
 from causal_compress.understand.trace import Network
 
@@ -86,7 +86,6 @@ class Sweep:
         self.network, self.widths, self.section = network, widths, section
         self.fit, self.heldout = probe.fit, probe.heldout
         self.first = 0
-        self.metrics = output_metrics(network, probe.heldout)
         self.ahead: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         with torch.no_grad():
             self.reference = [F.log_softmax(network.graph(x) / section.temperature, 1) for x in probe.heldout]

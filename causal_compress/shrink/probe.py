@@ -23,7 +23,7 @@ class Probe:
     Attributes:
         fit: Plain and intervened inputs in alternation, for the candidates' normal equations.
         heldout: The same from other inputs, on which harm is read; never fitted on.
-        surgery: All plain inputs that are not held out, for the refits of the surgery itself.
+        surgery: Plain inputs that are not held out, for the refits of the surgery itself.
     """
 
     fit: list[Tensor]
@@ -31,14 +31,17 @@ class Probe:
     surgery: list[Tensor]
 
 
-def draw_probe(split: Split, features: Features, section: PlanSection, intervene: InterveneSection, seed: int) -> Probe:
+def draw_probe(
+    split: Split, features: Features, section: PlanSection, intervene: InterveneSection, refitted: int, *, seed: int
+) -> Probe:
     """Calibration inputs for candidates: disjoint for fitting and scoring, every second input intervened.
 
     Args:
         split: Calibration split.
         features: What an intervention masks.
-        section: How many inputs.
+        section: How many inputs for the candidates.
         intervene: Grid, fraction and baselines of the interventions.
+        refitted: How many inputs for the surgery; those for the candidates are among them.
         seed: Of the masks.
 
     Raises:
@@ -53,9 +56,11 @@ def draw_probe(split: Split, features: Features, section: PlanSection, intervene
             remedy="raise data.calibration, or give more data",
         )
     size = min(CHUNK, len(split) // 4)
-    plain = [x for x, _ in split.batches(size)]
-    held = max(1, min(len(plain) // 3, -(-section.heldout // size)))
-    fitted = max(1, min(len(plain) - held, -(-section.inputs // size)))
+    chunks = -(-len(split) // size)
+    held = max(1, min(chunks // 3, -(-section.heldout // size)))
+    fitted = max(1, min(chunks - held, -(-section.inputs // size)))
+    wanted = held + max(fitted, -(-refitted // size))
+    plain = [x for x, _ in split.batches(size, limit=wanted * size)]
 
     def mixed(x: Tensor) -> Tensor:
         changed = intervened(
@@ -69,4 +74,4 @@ def draw_probe(split: Split, features: Features, section: PlanSection, intervene
         every_second = (torch.arange(len(x)) % 2 == 1).reshape(-1, *[1] * (x.ndim - 1))
         return torch.where(every_second, changed, x)
 
-    return Probe([mixed(x) for x in plain[held:][:fitted]], [mixed(x) for x in plain[:held]], plain[held:] or plain)
+    return Probe([mixed(x) for x in plain[held:][:fitted]], [mixed(x) for x in plain[:held]], plain[held:])

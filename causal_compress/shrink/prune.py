@@ -35,7 +35,7 @@ from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail
 
 
 def prune(
-    student: Student, plan: Plan, front: Front, metrics: dict[int, Tensor], section: PruneSection
+    student: Student, plan: Plan, front: Front, section: PruneSection
 ) -> tuple[Student, tuple[Change, ...], tuple[Skip, ...]]:
     """Remove the channels that the plan gives up and repair what read them; refit every other tail where that helps.
 
@@ -43,13 +43,12 @@ def prune(
         student: After `rewrite`; left as it is.
         plan: How many channels stay in each group.
         front: At the input; is moved to the end.
-        metrics: What an error before each teacher region's final activation costs, from `output_metrics`.
         section: Ridge penalties, and which repairs are allowed.
 
     Returns:
         The student, ledger lines, refusals.
     """
-    work = _Work(copied(student), front, metrics, section)
+    work = _Work(copied(student), front, section)
     for index, decision in enumerate(progress(plan.decisions, label="removing channels and refitting", unit="node")):
         work.carry_out(index, decision)
     work.reestimate_norms()
@@ -64,8 +63,8 @@ def prune(
 class _Work:
     """Everything that grows while the surgery goes along the chain."""
 
-    def __init__(self, student: Student, front: Front, metrics: dict[int, Tensor], section: PruneSection) -> None:
-        self.student, self.front, self.metrics, self.section = student, front, metrics, section
+    def __init__(self, student: Student, front: Front, section: PruneSection) -> None:
+        self.student, self.front, self.section = student, front, section
         self.inputs = list(front.student)
         self.heldout_inputs = list(front.heldout)
         example = front.network.example_input
@@ -89,7 +88,7 @@ class _Work:
             narrowed.append(self._narrow_input(index, part, tail, candidate.inputs_kept, targets))
         for producer, count in candidate.widths.items():
             group = next(group for group in self.groups if group.producer == producer)
-            narrowed.append(self._narrow_group(part, group, count, tail, targets, candidate.last))
+            narrowed.append(self._narrow_group(part, group, count, tail, targets))
         if candidate.representative == candidate.first and candidate.adapter is None:
             self._absorb_drift(part, candidate.first, tail, entering)
         error, penalty = self._refit_tail(
@@ -119,19 +118,16 @@ class _Work:
         weight, _ = current_affine(part, tail.affine, tail.norm)
         columns = feature_columns(layer, None, channels, len(weight))
         sums = tail_equations(part, tail, self.front.student, targets)
-        kept = self._choose([(sums, weight, columns, self._metric(index, tail))], count)
+        kept = self._choose([(sums, weight, columns)], count)
         self._remove(before.affine, kept)
         self.front.keep_channels(kept, channel_axis(fetch(self.student.graph, before.affine)))
         return f"{count} of {channels} channels of {before.affine} kept"
 
-    def _metric(self, index: int, tail: Tail) -> Tensor | None:
-        return None if tail.undo else self.metrics.get(self.student.ends[index])
-
     def _narrow_group(
-        self, part: fx.GraphModule, group: ChannelGroup, count: int, tail: Tail | str, targets: list[Tensor], last: int
+        self, part: fx.GraphModule, group: ChannelGroup, count: int, tail: Tail | str, targets: list[Tensor]
     ) -> str:
         """Remove channels of a group inside a part; readers other than the tail are refitted to their own output."""
-        readers: list[tuple[Fitted, Tensor, Tensor, Tensor | None]] = []
+        readers: list[tuple[Fitted, Tensor, Tensor]] = []
         for reader in group.readers:
             is_tail = isinstance(tail, Tail) and reader.layer == tail.affine
             site = find_site(part, reader.layer)
@@ -141,12 +137,11 @@ class _Work:
             else:
                 sums = reader_equations(part, site, self.front.student)
             columns = feature_columns(fetch(part, reader.layer), reader, group.channels, len(weight))
-            metric = self.metrics.get(last) if is_tail and isinstance(tail, Tail) and not tail.undo else None
-            readers.append((sums, weight, columns, metric))
+            readers.append((sums, weight, columns))
         kept = self._choose(readers, count)
         self._remove(group.producer, kept)
         self.kept.update(dict.fromkeys(group.writers, kept))
-        for reader, (sums, weight, columns, _) in zip(group.readers, readers, strict=True):
+        for reader, (sums, weight, columns) in zip(group.readers, readers, strict=True):
             if not (isinstance(tail, Tail) and reader.layer == tail.affine):
                 stays = columns[kept].flatten().sort().values
                 self._write(part, reader.layer, sums.select(stays), weight[stays])
@@ -175,12 +170,12 @@ class _Work:
                 self._note_bias(part, layer, site.norm)
                 write_solution(part, layer, site.norm, (solution.weight, solution.bias), sums.both())
 
-    def _choose(self, readers: Sequence[tuple[Fitted, Tensor, Tensor, Tensor | None]], count: int) -> Tensor:
+    def _choose(self, readers: Sequence[tuple[Fitted, Tensor, Tensor]], count: int) -> Tensor:
         """Which channels stay: the surgeon's path from each reader's own best solution."""
         known = []
-        for sums, weight, columns, metric in readers:
+        for sums, weight, columns in readers:
             best = sums.solve(self.section.penalties, weight).weight
-            known.append((sums.both(), best, columns, metric))
+            known.append((sums.both(), best, columns))
         return kept_channels(known, [count], PATH_PENALTY)[count]
 
     def _remove(self, producer: str, kept: Tensor) -> None:

@@ -180,22 +180,20 @@ class Consumer:
         equations: Sums over its input features and targets.
         weight: Current solution (features, targets).
         columns: Feature indices of each channel (channels, features per channel); equal for all channels.
-        metric: What an error at its output costs (targets, targets); None: the identity.
         penalty: Relative ridge penalty.
     """
 
     equations: Sums
     weight: Tensor
     columns: Tensor
-    metric: Tensor | None
     penalty: float
 
 
 def surgeon_path(consumers: Sequence[Consumer], counts: Iterable[int]) -> dict[int, Tensor]:
     """Which channels stay at each count, removing greedily what costs least after all others have made up for it.
 
-    Removing channel group g from a ridge solution W costs tr(W_g' (inv(H)_gg)^-1 W_g M) (optimal brain surgeon), M the
-    metric; the costs of a group that several consumers read are added.
+    Removing channel group g from a ridge solution W costs tr(W_g' (inv(H)_gg)^-1 W_g) (optimal brain surgeon); the
+    costs of a group that several consumers read are added.
 
     Args:
         consumers: All readers of the group; the same number of channels in each.
@@ -232,16 +230,14 @@ class _State:
         self.inverse = _solve(covariance + max(strength, 1e-9) * identity, identity)
         self.weight = consumer.weight.clone()
         self.columns = consumer.columns
-        self.metric = consumer.metric
 
     def costs(self, alive: Tensor) -> Tensor:
         """Cost of removing each living channel (channels,)."""
         columns = self.columns[alive]
         blocks = self.inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
         weight = self.weight[columns]
-        weighed = weight if self.metric is None else weight @ self.metric
         solved: Tensor = torch.linalg.solve(blocks, weight)
-        return (solved * weighed).sum((1, 2))
+        return (solved * weight).sum((1, 2))
 
     def remove(self, gone: Tensor) -> None:
         """Take channels out: the rest of the solution makes up for them."""

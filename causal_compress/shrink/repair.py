@@ -164,28 +164,27 @@ def feature_columns(layer: nn.Module, reader: Reader | None, channels: int, feat
 
 
 def kept_channels(
-    readers: Sequence[tuple[Sums, Tensor, Tensor, Tensor | None]], counts: Sequence[int], penalty: float
+    readers: Sequence[tuple[Sums, Tensor, Tensor]], counts: Sequence[int], penalty: float
 ) -> dict[int, Tensor]:
     """Which channels of a group stay at each count.
 
     Args:
-        readers: For each reader its equations, solution (features, targets), columns (channels, each) and metric.
+        readers: For each reader its equations, solution (features, targets) and columns (channels, each).
         counts: Channel counts wanted.
         penalty: Relative ridge penalty of the surgeon's inverse.
     """
-    if all(len(weight) <= EXACT_FEATURES for _, weight, _, _ in readers):
+    if all(len(weight) <= EXACT_FEATURES for _, weight, _ in readers):
         return surgeon_path([Consumer(*reader, penalty=penalty) for reader in readers], counts)
     loss = torch.stack([_uncompensated_loss(*reader) for reader in readers]).sum(0)
     order = torch.argsort(loss, descending=True)
     return {count: order[:count].sort().values for count in counts}
 
 
-def _uncompensated_loss(equations: Sums, weight: Tensor, columns: Tensor, metric: Tensor | None) -> Tensor:
+def _uncompensated_loss(equations: Sums, weight: Tensor, columns: Tensor) -> Tensor:
     """Rise of the squared error when a channel becomes its mean and nothing makes up for it (channels,)."""
     blocks = equations.blocks(columns)
     parts = weight[columns]
-    weighed = parts if metric is None else parts @ metric
-    return ((blocks @ parts) * weighed).sum((1, 2))
+    return ((blocks @ parts) * parts).sum((1, 2))
 
 
 def masked(solution: Solution, kept: Tensor, features: int) -> tuple[Tensor, Tensor]:
