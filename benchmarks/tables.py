@@ -24,8 +24,8 @@ PACKAGE = ROOT / "causal_compress"
 
 _TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
-_READING_ORDER = ("inputs", "understand", "shrink", "recover", "deploy", "explain")
-_FIRST_FILES = ("errors", "recipe", "recipe_file", "recipe_faults", "results", "files", "progress", "provenance")
+_READING_ORDER = ("results", "inputs", "understand", "shrink", "recover", "deploy", "explain")
+_FIRST_FILES = ("errors", "recipe", "recipe_file", "recipe_faults", "files", "progress", "provenance")
 _WIDEST = 100
 _OTHER_FOLDERS = (
     ("recipes/", "one YAML per architecture family (a link into the package)"),

@@ -11,7 +11,7 @@ _HOMES = {
     "compress": "causal_compress.pipeline",
     "load": "causal_compress.deploy.package",
     "load_recipe": "causal_compress.recipe_file",
-    "replay": "causal_compress.pipeline",
+    "replay": "causal_compress.afterwards",
 }
 
 

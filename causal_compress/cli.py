@@ -166,7 +166,7 @@ def benchmark(*, run: Path, as_json: bool, **measured: Any) -> int:
     """Measures teacher and student of a RUN again, here."""
     section = _benchmark_section(**measured)
 
-    from causal_compress.pipeline import rebenchmark
+    from causal_compress.afterwards import rebenchmark
 
     return _finish(rebenchmark(run, section), run, as_json)
 
@@ -176,7 +176,7 @@ def benchmark(*, run: Path, as_json: bool, **measured: Any) -> int:
 @_talks
 def report(*, run: Path) -> None:
     """Builds report.html of a finished RUN anew."""
-    from causal_compress.pipeline import rebuild_report
+    from causal_compress.afterwards import rebuild_report
 
     tell(str(rebuild_report(run)))
 

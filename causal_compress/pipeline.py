@@ -11,24 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from causal_compress.deploy.benchmark import benchmark, deployed
 from causal_compress.deploy.onnx import export
-from causal_compress.deploy.package import load
 from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown
-from causal_compress.errors import RunFolderError, UsageError
+from causal_compress.errors import UsageError
 from causal_compress.explain.examples import Examples, find_disagreements
-from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
-from causal_compress.files import atomic_write_text
+from causal_compress.explain.report import ReportInput, build_report, report_json
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model, checkpoint_sha256
-from causal_compress.recipe import BenchmarkSection, Recipe
-from causal_compress.recipe_file import load_recipe
+from causal_compress.recipe import Recipe
 from causal_compress.recover.distill import distill, resolve_device
 from causal_compress.results import (
     Candidates,
@@ -44,7 +39,7 @@ from causal_compress.results import (
     Surgery,
     TeacherScore,
 )
-from causal_compress.runs import Run, open_run, read_provenance, read_result
+from causal_compress.runs import Run, open_run, read_provenance
 from causal_compress.shrink.front import Front, open_front
 from causal_compress.shrink.measure import measure
 from causal_compress.shrink.plan import make_plan
@@ -339,60 +334,3 @@ def report(run: Run, recipe: Recipe, known: Understood, told: Told) -> None:
     )
     run.write_text("report.json", report_json(context))
     run.write_text("report.html", build_report(context))
-
-
-def rebuild_report(run_dir: Path) -> Path:
-    """Build report.html anew from report.json of a finished run.
-
-    Raises:
-        RunFolderError: the folder holds no finished run.
-    """
-    read_result(run_dir, "export", Exported)
-    if not (run_dir / "report.json").exists():
-        raise RunFolderError(
-            f"{run_dir} holds no report.json",
-            found="a run that ended before its report",
-            remedy="run the compress command on this folder again: it computes only what is missing",
-        )
-    context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
-    atomic_write_text(run_dir / "report.html", build_report(context))
-    return run_dir / "report.html"
-
-
-def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
-    """Measure a finished run's exported models again, on this machine; nothing in the folder is changed.
-
-    Args:
-        run_dir: A finished run.
-        section: Only the keys that were set override the run's own.
-    """
-    exported = read_result(run_dir, "export", Exported)
-    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
-    base = (recipe.benchmark or BenchmarkSection()).model_dump()
-    chosen = BenchmarkSection(**{**base, **section.model_dump(exclude_unset=True)})
-    data = load_data(recipe.data, seed=recipe.seed)
-    with numerics(recipe):
-        models = deployed(exported, run_dir, load(run_dir / exported.teacher_pt2), load(run_dir / exported.pt2))
-        return benchmark(*models, data.test, chosen, recipe.budget)
-
-
-def replay(model: nn.Module, run_dir: Path) -> nn.Module:
-    """Carry out a run's surgery on the teacher's own architecture, for further training with live batch norms.
-
-    Args:
-        model: The teacher's architecture; its weights do not matter, it is left unchanged.
-        run_dir: A finished run.
-
-    Returns:
-        The student as a torch.fx.GraphModule in training mode, with the weights of the run.
-
-    Raises:
-        TraceError: the architecture is not the one that the run was made with.
-    """
-    from pydantic import TypeAdapter
-
-    read_result(run_dir, "export", Exported)
-    record: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json((run_dir / SURGERY).read_bytes())
-    surgery = TypeAdapter(Surgery).validate_python(record["surgery"])
-    example: Tensor = torch.zeros(2, *record["input_shape"])
-    return replay_surgery(trace(model, example), surgery, load_file(run_dir / WEIGHTS)).graph.train()

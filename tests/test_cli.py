@@ -64,12 +64,14 @@ def rooms(monkeypatch, tmp_path):
         return SimpleNamespace(scorecard=scorecard(rooms.verdict), folder=Path("run"))
 
     pipeline, demo = ModuleType("causal_compress.pipeline"), ModuleType("causal_compress.demo")
+    afterwards = ModuleType("causal_compress.afterwards")
     pipeline.compress = answer(outcome)
     pipeline.analyze = answer(lambda: PLAN)
-    pipeline.rebenchmark = answer(lambda: scorecard(rooms.verdict))
-    pipeline.rebuild_report = answer(lambda: Path("run/report.html"))
+    afterwards.rebenchmark = answer(lambda: scorecard(rooms.verdict))
+    afterwards.rebuild_report = answer(lambda: Path("run/report.html"))
     demo.demo = answer(outcome)
     monkeypatch.setitem(sys.modules, "causal_compress.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "causal_compress.afterwards", afterwards)
     monkeypatch.setitem(sys.modules, "causal_compress.demo", demo)
     return rooms
 
@@ -278,15 +280,15 @@ def test_shipped_recipes_can_be_found_and_are_those_at_the_top():
 def test_quiet_and_verbose_choose_what_is_logged(rooms, capsys):
     import logging
 
-    pipeline = sys.modules["causal_compress.pipeline"]
+    afterwards = sys.modules["causal_compress.afterwards"]
 
     def chat(*_, **__):
-        logger = logging.getLogger("causal_compress.pipeline")
+        logger = logging.getLogger("causal_compress.afterwards")
         for level in (logging.DEBUG, logging.INFO, logging.WARNING):
             logger.log(level, "said at %d", level)
         return Path("report.html")
 
-    pipeline.rebuild_report = chat
+    afterwards.rebuild_report = chat
     heard = {}
     for flag in ("-q", "-v"):
         main(["report", "run", flag])
@@ -319,9 +321,9 @@ def test_ctrl_c_ends_a_real_process_with_one_line(tmp_path):
     code = (
         "import sys, os, signal, types; from causal_compress.cli import main;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background shell hands on an ignored one
-        "m = types.ModuleType('causal_compress.pipeline');"
+        "m = types.ModuleType('causal_compress.afterwards');"
         "m.rebuild_report = lambda _: os.kill(os.getpid(), signal.SIGINT);"
-        "sys.modules['causal_compress.pipeline'] = m; sys.exit(main(['report', 'run']))"
+        "sys.modules['causal_compress.afterwards'] = m; sys.exit(main(['report', 'run']))"
     )
     done = child(code=code)
     assert done.returncode == 130

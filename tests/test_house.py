@@ -33,6 +33,7 @@ ROOM_OF = {
     "runs": "runs",
     "runfolder": "runs",
     "pipeline": "pipeline",
+    "afterwards": "pipeline",
     "demo": "cli",
     "doctor": "cli",
     "shipped": "cli",

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from small_runs import digits_recipe, table_recipe, train
 
 from causal_compress import analyze, compress, pipeline
+from causal_compress.afterwards import rebuild_report
 from causal_compress.cli import main
 from causal_compress.errors import RunFolderError, TeacherError
-from causal_compress.pipeline import rebuild_report
 from causal_compress.recipe_file import recipe_yaml
 
 FILES = {

@@ -1,0 +1,158 @@
+"""What could go, what goes, and what it did."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from causal_compress.results.common import Accuracy, Skip, config
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Evidence:
+    """Why a change was proposed."""
+
+    cka: float | None
+    same_node_share: float | None
+    ace: float | None
+    relative_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Candidate:
+    """One way to carry out regions first..last: which representative, at which width, and what it would cost.
+    `harm_kl` is the measured rise of the output KL (nats, at the plan's temperature) when the teacher's cut point is
+    replaced by the candidate's output. `inputs_kept` is the share of channels of the cut point before `first` that it
+    reads; a part that writes the share s of its outputs costs `macs_fixed + s * macs_out` MACs, parameters alike.
+    `widths` names each channel group inside that shrinks: producer -> channels kept.
+    """
+
+    first: int
+    last: int
+    representative: int
+    adapter: Literal["reshape", "project"] | None
+    inputs_kept: float
+    widths: dict[str, int]
+    macs_fixed: float
+    macs_out: float
+    params_fixed: float
+    params_out: float
+    harm_kl: float
+    harm_stderr: float
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class CutGroup:
+    """The channels of a cut point, where one layer alone writes them and one alone reads them."""
+
+    producer: str
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Candidates:
+    """Every candidate that was measured; depends on the data and the teacher, not on the budget."""
+
+    rows: tuple[Candidate, ...]
+    cut_groups: dict[int, CutGroup]
+    regions: int
+    macs: int
+    params: int
+    skipped: tuple[Skip, ...]
+    inputs: int
+    heldout: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Decision:
+    """One decision of the plan: a candidate that is carried out, its evidence, and what was refused for it."""
+
+    node: str
+    kind: Literal["keep", "merge", "narrow", "merge+narrow"]
+    candidate: Candidate
+    outputs_kept: float
+    evidence: Evidence
+    predicted_harm_kl: float
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    refused: tuple[Skip, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class FrontPoint:
+    """One point of the predicted Pareto front: shares kept and predicted harm."""
+
+    macs: float
+    params: float
+    harm_kl: float
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Plan:
+    """What will be done, decided before anything is touched."""
+
+    decisions: tuple[Decision, ...]
+    macs: float
+    params: float
+    predicted_harm_kl: float
+    front: tuple[FrontPoint, ...]
+    skipped: tuple[Skip, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Merge:
+    """Surgery step: regions first..last of the teacher's chain replaced by one; enough to be replayed without data."""
+
+    first: int
+    last: int
+    representative: int
+    adapter: Literal["reshape", "project"] | None
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Keep:
+    """Surgery step: the output channels that stay in a producer and everything coupled with it."""
+
+    producer: str
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Surgery:
+    """Replayable recipe from the teacher's architecture to the student's; weights are kept apart."""
+
+    merges: tuple[Merge, ...] = ()
+    keeps: tuple[Keep, ...] = ()
+    biased: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Change:
+    """One ledger line: what was carried out, predicted beside measured harm (output KL in nats on held-out inputs)."""
+
+    node: str
+    what: str
+    evidence: Evidence | None
+    predicted_harm_kl: float | None
+    measured_harm_kl: float | None
+    relative_error: float | None
+    penalty: float | None
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
+class Log:
+    """What a stage that touches weights did and did not do; the weights themselves lie beside it in the run folder."""
+
+    stage: str
+    surgery: Surgery
+    changes: tuple[Change, ...]
+    skipped: tuple[Skip, ...]
+    heldout_kl: float
+    validation: Accuracy
+    macs: int
+    params: int
