@@ -55,9 +55,11 @@ def named(path: Path) -> str:
 
 def room(parts: tuple[str, ...]) -> str:
     """The room of a module, given its path inside the package."""
+    if parts[0] in FREE:
+        return "free"
     if len(parts) > 1 or parts[0] in ROOMS[:6]:
         return parts[0]
-    return "free" if parts[0] in FREE else ROOM_OF.get(parts[0], f"{parts[0]} has no room: see ROOM_OF")
+    return ROOM_OF.get(parts[0], f"{parts[0]} has no room: see ROOM_OF")
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[int, tuple[str, ...]]]:
