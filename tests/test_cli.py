@@ -244,7 +244,7 @@ def test_report_prints_the_path(rooms, capsys):
 def one_recipe(monkeypatch, tmp_path):
     path = tmp_path / "resnet.yaml"
     path.write_text("# ResNets of torchvision\nseed: 3\n")
-    for module in ("causal_compress.shipped", "causal_compress.cli"):
+    for module in ("causal_compress.shipped", "causal_compress.commands.about"):
         monkeypatch.setattr(f"{module}.shipped_recipes", lambda: {"resnet": path})
     return path
 

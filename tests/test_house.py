@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "causal_compress"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-ROOMS = ("inputs", "understand", "shrink", "recover", "deploy", "explain", "runs", "pipeline", "cli")
+FOLDERS = ("inputs", "understand", "shrink", "recover", "deploy", "explain", "commands")
+ROOMS = (*FOLDERS[:6], "runs", "pipeline", "commands", "cli")
 """In the order in which data flows: a room imports from those above it, never from those below."""
 FREE = {"__init__", "errors", "files", "progress", "provenance", "recipe", "recipe_faults", "recipe_file", "results"}
 """Import nothing but one another; every room may import them."""
@@ -34,10 +35,10 @@ ROOM_OF = {
     "runfolder": "runs",
     "pipeline": "pipeline",
     "afterwards": "pipeline",
-    "demo": "cli",
-    "doctor": "cli",
-    "shipped": "cli",
-    "console": "cli",
+    "demo": "commands",
+    "doctor": "commands",
+    "shipped": "commands",
+    "console": "commands",
     "cli": "cli",
     "__main__": "cli",
 }
@@ -57,7 +58,7 @@ def room(parts: tuple[str, ...]) -> str:
     """The room of a module, given its path inside the package."""
     if parts[0] in FREE:
         return "free"
-    if len(parts) > 1 or parts[0] in ROOMS[:6]:
+    if len(parts) > 1 or parts[0] in FOLDERS:
         return parts[0]
     return ROOM_OF.get(parts[0], f"{parts[0]} has no room: see ROOM_OF")
 
