@@ -35,7 +35,7 @@ VARIANTS: dict[str, list[str]] = {
     "depth-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.width=false"],
     "aligned-043": [*NO_TRAINING, "budget.macs=0.43", "plan.align=16"],
     "aligned-045": [*NO_TRAINING, "budget.macs=0.45", "plan.align=16"],
-    "distilled-050": ["budget.macs=0.5", "distill.epochs=10"],
+    "distilled-050": ["budget.macs=0.5", "distill.epochs=20"],
 }
 
 
