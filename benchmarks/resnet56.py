@@ -33,8 +33,7 @@ VARIANTS: dict[str, list[str]] = {
     "depth-055": [*NO_TRAINING, *QUICK, "budget.macs=0.55", "plan.width=false"],
     "width-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.depth=false"],
     "depth-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.width=false"],
-    "aligned-043": [*NO_TRAINING, "budget.macs=0.43", "plan.align=16"],
-    "aligned-045": [*NO_TRAINING, "budget.macs=0.45", "plan.align=16"],
+    "latency-049": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.49", "plan.align=16"],
     "distilled-050": ["budget.macs=0.5", "distill.epochs=20"],
 }
 

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from causal_compress.deploy.benchmark import benchmark, deployed
+from causal_compress.deploy.bundle import Source, Wish, read_inputs, write_package
+from causal_compress.deploy.gate import Limits, judge
 from causal_compress.deploy.package import load
+from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, input_shape, model_files, read_package
+from causal_compress.deploy.versus import Evidence, measure_targets
 from causal_compress.errors import RunFolderError
+from causal_compress.explain.audit import audit
 from causal_compress.explain.report import build_report, read_report_json
 from causal_compress.files import atomic_write_text
-from causal_compress.inputs.data import load_data
-from causal_compress.pipeline import SURGERY, WEIGHTS, numerics
-from causal_compress.recipe import BenchmarkSection
+from causal_compress.inputs.data import Data, load_data
+from causal_compress.inputs.models import build_model
+from causal_compress.recipe import AuditSection, BenchmarkSection, Recipe, RuntimeName
 from causal_compress.recipe_file import load_recipe
-from causal_compress.results import Exported, Scorecard, Surgery
-from causal_compress.runs import read_result
+from causal_compress.results import (
+    Audit,
+    Bisection,
+    Candidates,
+    Exported,
+    Gated,
+    Log,
+    Package,
+    Plan,
+    Scorecard,
+    Surgery,
+    TargetTable,
+)
+from causal_compress.runfolder import disk_errors
+from causal_compress.runs import read_provenance, read_result
+from causal_compress.shrink.bisect import Case, bisect, with_inputs
+from causal_compress.shrink.surgery import Student
 from causal_compress.shrink.surgery import replay as replay_surgery
-from causal_compress.understand.trace import trace
+from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of
+from causal_compress.understand.trace import Network, trace
 
 
 def rebuild_report(run_dir: Path) -> Path:
@@ -59,6 +85,104 @@ def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
         return benchmark(*models, data.test, chosen, recipe.budget)
 
 
+def export_run(run_dir: Path, wish: Wish, out: Path) -> Package:
+    """Write a finished run's models as a package for one kind of runtime; the run is not changed.
+
+    Args:
+        run_dir: A finished run.
+        wish: For what runtime, precisions and GPUs.
+        out: Folder of the package.
+    """
+    exported = read_result(run_dir, "export", Exported)
+    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
+    with numerics(recipe):
+        source = Source(
+            folder=run_dir,
+            teacher=load(run_dir / exported.teacher_pt2),
+            student=load(run_dir / exported.pt2),
+            data=load_data(recipe.data, seed=recipe.seed),
+            prepared=recipe.data,
+            parity=recipe.export,
+        )
+        return write_package(source, wish, out)
+
+
+def gate_run(run: Path, limits: Limits) -> Gated:
+    """Judge a finished run's scorecard, or one that `benchmark RUN --json` printed into a file, against limits.
+
+    Args:
+        run: A run folder, or the file of a scorecard.
+        limits: Largest drop and smallest speed-up, and where.
+    """
+    if not run.is_file():
+        return judge(read_result(run, "benchmark", Scorecard), limits)
+    try:
+        return judge(TypeAdapter(Scorecard).validate_json(run.read_bytes()), limits)
+    except ValidationError as error:
+        raise RunFolderError(
+            f"{run} is no scorecard",
+            found=error.errors(include_url=False)[0]["msg"],
+            remedy="give a run folder, or what causal-compress benchmark RUN --json prints",
+        ) from error
+
+
+def benchmark_targets(
+    targets: Sequence[Path],
+    section: BenchmarkSection,
+    *,
+    runtimes: Sequence[RuntimeName] = (),
+    precisions: Sequence[str] = (),
+    data: Recipe | None = None,
+) -> TargetTable:
+    """Measure runs, packages and model files against each other, on this machine.
+
+    Args:
+        targets: The first is what the others are compared with.
+        section: Batch sizes, threads, repeats and time limit; its runtimes are not looked at.
+        runtimes: Asked for; empty: all that are here.
+        precisions: Asked for; empty: all.
+        data: A recipe whose data section names labelled inputs; None: those of a package or run among the targets.
+    """
+    files = [file for target in targets for file in model_files(target)]
+    entries, skipped = choose_entries(files, runtimes, precisions)
+    return measure_targets(entries, skipped, section, _evidence(targets, entries, section, data))
+
+
+def _evidence(
+    targets: Sequence[Path], entries: Sequence[Entry], section: BenchmarkSection, data: Recipe | None
+) -> Evidence:
+    packages = [target for target in targets if (target / PACKAGE).is_file()]
+    runs = [target for target in targets if (target / "recipe.resolved.yaml").is_file()]
+    if data is None and packages:
+        return _packaged_evidence(packages[0])
+    if data is None and runs:
+        data = load_recipe(runs[0] / "recipe.resolved.yaml")
+    if data is None:
+        rng = np.random.default_rng(0)  # without data only latency is measured, and that hardly hangs on the numbers
+        shape = input_shape(entries[0].file)
+        return Evidence(rng.standard_normal((max(section.batches), *shape)).astype(np.float32))
+    test = load_data(data.data, seed=data.seed).test
+    first = next(test.batches(max(section.batches)))[0].numpy()
+
+    def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        return ((x.numpy(), y.numpy()) for x, y in test.batches(min(256, max(1, 2**20 // first[0].size))))
+
+    return Evidence(first, batches)
+
+
+def _packaged_evidence(folder: Path) -> Evidence:
+    package = read_package(folder)
+    stored = read_inputs(folder, package)
+    x, y = stored["inputs"], stored["labels"]
+    names = {f"{model.role} {model.capability}" if model.capability else model.role for model in package.models}
+    expected = {name: stored[f"logits_{name.split()[0]}"].argmax(1) for name in names}
+
+    def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        return ((x[start : start + 64], y[start : start + 64]) for start in range(0, len(x), 64))
+
+    return Evidence(x, batches, expected)
+
+
 def replay(model: nn.Module, run_dir: Path) -> nn.Module:
     """Carry out a run's surgery on the teacher's own architecture, for further training with live batch norms.
 
@@ -72,10 +196,115 @@ def replay(model: nn.Module, run_dir: Path) -> nn.Module:
     Raises:
         TraceError: the architecture is not the one that the run was made with.
     """
-    from pydantic import TypeAdapter
-
     read_result(run_dir, "export", Exported)
-    record: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json((run_dir / SURGERY).read_bytes())
-    surgery = TypeAdapter(Surgery).validate_python(record["surgery"])
+    record = _surgery_record(run_dir)
     example: Tensor = torch.zeros(2, *record["input_shape"])
-    return replay_surgery(trace(model, example), surgery, load_file(run_dir / WEIGHTS)).graph.train()
+    return replay_surgery(trace(model, example), read_surgery(run_dir), load_file(run_dir / WEIGHTS)).graph.train()
+
+
+def read_surgery(run_dir: Path) -> Surgery:
+    """What was done to the teacher's architecture, from surgery.json."""
+    return TypeAdapter(Surgery).validate_python(_surgery_record(run_dir)["surgery"])
+
+
+def _surgery_record(run_dir: Path) -> dict[str, Any]:
+    record: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json((run_dir / SURGERY).read_bytes())
+    return record
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run's networks and data, as they were when it ended."""
+
+    recipe: Recipe
+    data: Data
+    network: Network
+    student: Student
+
+
+def reopen(run_dir: Path) -> Finished:
+    """Load teacher, student and data of a finished run; nothing in the folder is changed.
+
+    Args:
+        run_dir: A finished run; the checkpoint and the data must still be where its recipe says.
+
+    Raises:
+        RunFolderError: no finished run, or data or checkpoint are not those of the run any more.
+    """
+    exported = read_result(run_dir, "export", Exported)
+    recipe, provenance = load_recipe(run_dir / "recipe.resolved.yaml"), read_provenance(run_dir)
+    data = load_data(recipe.data, seed=recipe.seed)
+    network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
+    _same_as_in_run("data", data.fingerprint, provenance.data_sha256, run_dir)
+    with torch.no_grad():
+        recorded = load(run_dir / exported.teacher_pt2)(data.example_input)
+        now = network.graph(data.example_input)
+    same = recorded.shape == now.shape and bool(torch.allclose(recorded, now, rtol=1e-3, atol=1e-3))
+    _same_as_in_run("teacher", "its outputs", "its outputs" if same else "other outputs", run_dir)
+    student = replay_surgery(network, read_surgery(run_dir), load_file(run_dir / WEIGHTS))
+    return Finished(recipe, data, network, student)
+
+
+def _same_as_in_run(what: str, now: str, then: str | None, run_dir: Path) -> None:
+    if then is not None and now != then:
+        raise RunFolderError(
+            f"the {what} of {run_dir} is not what it was",
+            found=f"{now[:16]} now, {then[:16]} in the run",
+            wanted="the files that the run was made with",
+            remedy="put them back, or compress again into a new folder",
+        )
+
+
+def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None = None) -> Audit:
+    """Audit a finished run's student against its teacher, and write audit.json into the run folder.
+
+    Args:
+        run_dir: A finished run.
+        overrides: Keys of the recipe's audit section that are to differ.
+        apart: Checkpoint of the teacher's architecture that was trained apart, a yardstick for attribution drift.
+    """
+    finished = reopen(run_dir)
+    recipe = finished.recipe
+    section = AuditSection(**{**(recipe.audit or AuditSection()).model_dump(), **overrides})
+    stranger = None
+    if apart is not None:
+        weights = recipe.model.model_copy(update={"weights": str(apart)})
+        stranger = build_model(weights, classes=len(finished.data.classes))
+    with numerics(recipe):
+        found = audit(finished.network, finished.student, finished.data, section, seed=recipe.seed, apart=stranger)
+    _write(run_dir / "audit.json", found)
+    return found
+
+
+def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = None) -> Bisection:
+    """Undo the changes of a finished run one at a time, and write bisect.json into the run folder.
+
+    Args:
+        run_dir: A finished run.
+        inputs: Calibration inputs for each refit; None: as many as the run used.
+        top: Only so many changes, those with most harm in the ledger; None: all.
+    """
+    finished = reopen(run_dir)
+    recipe = finished.recipe
+    ledger = [line for stage in ("rewrite", "prune") for line in read_result(run_dir, stage, Log).changes]
+    with numerics(recipe):
+        case = Case(
+            network=finished.network,
+            plan=read_result(run_dir, "plan", Plan),
+            candidates=read_result(run_dir, "candidates", Candidates),
+            probe=probe_of(recipe, finished.data),
+            validation=finished.data.validation,
+            rewrite=recipe.rewrite,
+            prune=recipe.prune,
+            temperature=recipe.plan.temperature,
+        )
+        found = bisect(with_inputs(case, inputs), ledger, top=top, distilled=recipe.distill is not None)
+    _write(run_dir / "bisect.json", found)
+    return found
+
+
+def _write(path: Path, value: Any) -> None:
+    from pydantic_core import to_json
+
+    with disk_errors(path.parent):
+        atomic_write_text(path, to_json(value, indent=1, inf_nan_mode="constants").decode() + "\n")

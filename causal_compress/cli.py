@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from causal_compress.commands import about, compressing, finished
+from causal_compress.commands import about, auditing, compressing, counterfactual, deploying, explaining, finished
 from causal_compress.console import complain, confess, tell
 from causal_compress.errors import CausalCompressError
 from causal_compress.runfolder import UNUSABLE, folder_error
@@ -84,6 +84,12 @@ for _command in (
     compressing.demo,
     finished.benchmark,
     finished.report,
+    deploying.export,
+    deploying.gate,
+    explaining.explain,
+    auditing.audit,
+    auditing.bisect,
+    counterfactual.counterfactual,
     about.doctor,
     about.recipes,
 ):

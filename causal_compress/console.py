@@ -170,6 +170,8 @@ def show_plan(plan: Plan) -> None:
         f"predicted: {plan.macs:.3f} of the MACs, {plan.params:.3f} of the parameters, "
         f"harm {plan.predicted_harm_kl:.3g} nats (output KL)"
     )
+    if plan.latency_measured is not None:
+        tell(f"latency of the plan's network as timed here: {plan.latency_measured:.3f} of the teacher's")
     for skip in plan.skipped:
         tell(f"  left whole: {skip.what}: {skip.reason}")
 

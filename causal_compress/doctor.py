@@ -8,14 +8,20 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from causal_compress.deploy.absent import absence, no_gpu
 from causal_compress.provenance import machine, versions
+
+if TYPE_CHECKING:
+    from causal_compress.deploy.tensorrt import TensorRTName
 
 Status = Literal["works", "absent", "broken"]
 _EXTRAS = {"timm": "timm", "pyarrow": "parquet"}
@@ -68,6 +74,12 @@ def _torch() -> Iterator[Check]:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         remedy = "install an NVIDIA driver" if torch.version.cuda else "install a CUDA build of torch (pytorch.org)"
         yield _absent("torch cuda", f"no usable NVIDIA GPU; {built}", remedy + "; needed only to compute on a GPU")
+    compiler = absence("torch-compiled")
+    if compiler is None:
+        detail = "a C++ compiler is there; it was not tried, compiling takes half a minute"
+        yield Check(name="torch-compiled", status="works", version=_version("torch"), detail=detail, remedy=None)
+    else:
+        yield _absent("torch-compiled", compiler.args[0].splitlines()[1].strip(), compiler.remedy)
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = f"torch cuda:{index} ({torch.cuda.get_device_name(index)})"
         yield _tried(name, "torch", partial(multiply, f"cuda:{index}"))
@@ -89,8 +101,13 @@ def _onnxruntime() -> Iterator[Check]:
         return "a small network runs right"
 
     # Azure is a remote service, no device of this machine.
-    for provider in (name for name in onnxruntime.get_available_providers() if not name.startswith("Azure")):
+    there = [name for name in onnxruntime.get_available_providers() if not name.startswith("Azure")]
+    for provider in there:
         yield _tried(f"onnxruntime {provider}", "onnxruntime", partial(run, provider))
+    for runtime in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        error = absence(runtime)
+        if error is not None:
+            yield _absent(runtime, error.what, f"{error.remedy} (with an NVIDIA GPU)")
 
 
 def _openvino() -> Iterator[Check]:
@@ -122,21 +139,27 @@ def _tensorrt(module: str, extra: str) -> Check:
         return _missing(module, extra)
 
     def build() -> str:
-        trt = importlib.import_module(module)
-        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-        network = builder.create_network(0)
-        parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
-        if not parser.parse(_tiny_onnx()):
-            raise RuntimeError(str(parser.get_error(0)))
-        config = builder.create_builder_config()
-        if module == "tensorrt_rtx":  # builds for a named generation, so it needs no GPU
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-        if builder.build_serialized_network(network, config) is None:
-            raise RuntimeError("no engine was built")
-        return "a small engine is built; it was not run (that needs an NVIDIA GPU)"
+        from causal_compress.deploy.tensorrt import CAPABILITIES, CURRENT, EngineOptions, build_engine
 
-    return _tried(module, extra, build)
+        trt = importlib.import_module(module)
+        trt.OnnxParser(trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0), trt.Logger(trt.Logger.ERROR))
+        name: TensorRTName = "tensorrt-rtx" if module == "tensorrt_rtx" else "tensorrt"
+        if name == "tensorrt" and no_gpu(name) is not None:
+            return "its parser is there"
+        capability = CAPABILITIES[-2] if name == "tensorrt-rtx" else CURRENT
+        with tempfile.TemporaryDirectory() as folder:
+            onnx = Path(folder) / "tiny.onnx"
+            onnx.write_bytes(_tiny_onnx())
+            options = EngineOptions(runtime=name, capability=capability, batches=(1,), workspace_bytes=2**24)
+            build_engine(onnx, Path(folder) / "tiny.engine", options)
+        built = f"an engine is built for {capability}"
+        return built if no_gpu(name) is None else f"{built}; it was not run: running needs an NVIDIA GPU"
+
+    check = _tried(module, extra, build)
+    if module == "tensorrt" and check.status == "works" and no_gpu("tensorrt") is not None:
+        detail = f"TensorRT {check.version} is installed, but builds and runs only with an NVIDIA GPU, and none is here"
+        return _absent(module, detail, "use it on a machine with an NVIDIA GPU and a CUDA build of torch")
+    return check
 
 
 def _package(module: str, extra: str) -> Check:

@@ -14,6 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+RuntimeName = Literal[
+    "torch",
+    "torch-compiled",
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+]
 
 
 class Section(BaseModel):
@@ -63,6 +73,9 @@ class DataSection(Section):
     channels: Positive | None = Field(None, description="repeat a grey image to so many channels")
     calibration: Positive = Field(2048, description="inputs held out of training for interventions and refits")
     validation: Positive = Field(2000, description="inputs held out of training for every choice")
+    validation_from: Literal["train", "test"] = Field(
+        "train", description="test: part of the source's own test split, for a teacher that has seen all training data"
+    )
     test_share: Share = Field(0.2, description="share held out as test split where the source has none")
     max_train: Positive | None = Field(None, description="use at most so many training inputs")
     max_test: Positive | None = Field(None, description="use at most so many test inputs")
@@ -114,6 +127,9 @@ class PlanSection(Section):
     temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")
     include: list[str] = Field(["*"], description="patterns of module names that may change")
     exclude: list[str] = Field(default_factory=list, description="patterns of module names that stay")
+    undo: list[str] = Field(
+        default_factory=list, description="nodes that stay whole, named as in the ledger: a region, or FIRST..LAST"
+    )
 
 
 class RewriteSection(Section):
@@ -178,7 +194,7 @@ class ExportSection(Section):
 class BenchmarkSection(Section):
     """What is measured on which runtime."""
 
-    runtimes: list[Literal["torch", "onnxruntime"]] = Field(["torch", "onnxruntime"], min_length=1)
+    runtimes: list[RuntimeName] = Field(["torch", "onnxruntime"], min_length=1)
     batches: list[Positive] = Field([1, 64], min_length=1)
     threads: list[Positive] = Field([1], min_length=1)
     repeats: Positive = Field(
@@ -187,12 +203,29 @@ class BenchmarkSection(Section):
     seconds: Annotated[float, Field(gt=0)] = Field(5.0, description="time limit for each row")
 
 
+class LatencySection(Section):
+    """Latency on one runtime, as it will be measured at the end."""
+
+    runtime: Literal["onnxruntime"] = "onnxruntime"
+    batch: Positive = 1
+    threads: Positive = 1
+    keep: Share = Field(description="largest share of the teacher's median latency")
+
+
 class BudgetSection(Section):
     """What the result must satisfy."""
 
     macs: Share | None = Field(None, description="largest share of the teacher's MACs")
     params: Share | None = Field(None, description="largest share of the teacher's parameters")
+    latency_ms: LatencySection | None = Field(None, description="largest share of the teacher's latency on a runtime")
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = Field(None, description="largest drop of accuracy [pp]")
+
+
+class SearchSection(Section):
+    """The search for the smallest network where the budget limits the drop of accuracy and no cost."""
+
+    points: Positive = Field(5, description="shares of MACs that are tried at most")
+    epochs: NonNegative = Field(2, description="epochs of distillation at each of them; the chosen one gets all")
 
 
 class ReportSection(Section):
@@ -200,6 +233,116 @@ class ReportSection(Section):
 
     title: str | None = None
     examples: NonNegative = Field(12, description="inputs shown on which teacher and student disagree")
+
+
+class CounterfactualSection(Section):
+    """Counterfactuals: the conditional GAN that makes them, and what it may change."""
+
+    steps: Positive = Field(4000, description="training steps of generator and critic")
+    batch_size: Annotated[int, Field(ge=8)] = 64
+    width: Positive = Field(32, description="channels after the first layer (images); an eighth of the units (tables)")
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    adversarial_weight: Annotated[float, Field(ge=0)] = 1.0
+    class_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="target class under the critic's own classifier, which keeps the network from being fooled"
+    )
+    target_weight: Annotated[float, Field(gt=0)] = Field(1.0, description="target class under the network explained")
+    proximity_weight: Annotated[float, Field(ge=0)] = Field(
+        4.0, description="mean absolute change, in pixel ranges or standard deviations"
+    )
+    perceptual_weight: Annotated[float, Field(ge=0)] = Field(
+        0.2, description="relative change of the activation at the perceptual site"
+    )
+    cycle_weight: Annotated[float, Field(ge=0)] = Field(4.0, description="back to the first class gives the input back")
+    perceptual_site: str | None = Field(None, description="a region's name; null: the one a third down the chain")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.95, description="probability of the target beyond which nothing more is asked"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.995, description="decay of the generator's averaged weights")
+    refine_steps: NonNegative = Field(12, description="gradient steps for inputs that the generator alone doesn't turn")
+    checks: Positive = Field(8, description="times that training is watched on validation inputs")
+    immutable: list[str] = Field(default_factory=list, description="tables: columns that never change")
+    rises: list[str] = Field(default_factory=list, description="tables: numeric columns that may only rise")
+    falls: list[str] = Field(default_factory=list, description="tables: numeric columns that may only fall")
+    ranges: dict[str, tuple[float, float]] = Field(
+        default_factory=dict,
+        description="tables: lowest and highest raw value; default: training rows but the outermost 0.2 %",
+    )
+    watch: list[str] = Field(default_factory=list, description="features that must not decide; the bias probe warns")
+    grid: Positive = Field(4, description="images: patches per side, the features of the bias probe")
+    probe: Positive = Field(500, description="validation inputs for the bias probe")
+
+
+class AuditSection(Section):
+    """Teacher against student: what compression harmed."""
+
+    split: Literal["validation", "test"] = "validation"
+    inputs: Positive | None = Field(None, description="inputs that are audited; null: the whole split")
+    batch_size: Positive = 250
+    groups: str | None = Field(
+        None, description="gaps over a table's column, `class`, or FILE.py:CALLABLE that names each row's group"
+    )
+    corruption_inputs: NonNegative = Field(1000, description="inputs that are corrupted; 0: none")
+    attribution_inputs: NonNegative = Field(64, description="inputs whose attributions are compared; 0: none")
+    masks: Positive = Field(128, description="masks for the attributions of one input")
+    grid: Positive = Field(4, description="images: patches per side of the attributions")
+    baseline: Literal["zero", "mean", "blur", "marginal"] = "mean"
+    map_inputs: NonNegative = Field(512, description="inputs for the causal effect at each node; 0: no map")
+    resamples: Positive = Field(1000, description="bootstrap resamples of the paired intervals")
+    examples: NonNegative = Field(12, description="inputs shown on which teacher and student part")
+
+
+class ExplainSection(Section):
+    """Attributions, minimal sets and the causal map."""
+
+    estimator: Literal["surrogate", "difference", "occlusion"] = Field(
+        "surrogate", description="how effects of features are estimated from masks"
+    )
+    map_estimator: Literal["output", "units"] = Field(
+        "output", description="effect of a node: on the network's answer, or on the node's own units as in the paper"
+    )
+    baselines: list[Literal["zero", "mean", "blur", "marginal"]] = Field(
+        ["mean", "blur"], min_length=1, description="what masked features become; the first serves the minimal sets"
+    )
+    grid: Positive = Field(8, description="images: patches per side")
+    masks: Annotated[int, Field(ge=16)] = Field(512, description="masks of an input that is explained")
+    bootstraps: Annotated[int, Field(ge=20)] = Field(200, description="resamples of the masks, for intervals and nulls")
+    map_baselines: list[Literal["zero", "mean", "blur", "marginal"]] = Field(
+        ["marginal"], min_length=1, description="what masked features become for the causal map"
+    )
+    map_inputs: Annotated[int, Field(ge=2)] = Field(256, description="inputs over which the causal map is drawn")
+    map_masks: Positive = Field(4, description="interventions of each of them")
+    class_inputs: Annotated[int, Field(ge=2)] = Field(16, description="inputs of each class over which it is explained")
+    class_masks: Annotated[int, Field(ge=16)] = Field(128, description="masks of each of them")
+    batch_size: Positive = Field(64, description="inputs run at a time; more for a GPU")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of attributions; what decides (minimal sets, ablations, the map) is always fp32"
+    )
+
+
+class QuantizeSection(Section):
+    """INT8 forms of the student's ONNX file."""
+
+    families: list[Literal["cpu", "tensorrt"]] = Field(
+        ["cpu", "tensorrt"], min_length=1, description="one file each: ONNX Runtime and OpenVINO; TensorRT"
+    )
+    inputs: Positive = Field(512, description="calibration inputs, plain, from which ranges and bias shifts are read")
+    methods: list[Literal["minmax", "percentile", "entropy"]] = Field(
+        ["minmax", "percentile", "entropy"], min_length=1, description="ranges tried; least output KL is taken"
+    )
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
+        99.99, description="share of values not clipped [percent]"
+    )
+    scored: Positive = Field(512, description="validation inputs on which output KL is read")
+    temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")
+    max_accuracy_drop: Annotated[float, Field(ge=0)] = Field(
+        0.3, description="largest drop against the FP32 student on all of validation [pp]; layers stay FP32 for it"
+    )
+    bias_correction: Literal["auto", "never"] = Field("auto", description="auto: kept only where output KL falls")
+    reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs without VNNI")
+    batch: Positive = Field(1, description="batch size at which INT8 and FP32 are timed")
+    repeats: Positive = Field(100, description="timed calls of each, interleaved")
+    seconds: Annotated[float, Field(gt=0)] = Field(5.0, description="time limit for each")
 
 
 class Recipe(Section):
@@ -217,6 +360,11 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     benchmark: BenchmarkSection | None = BenchmarkSection()
     report: ReportSection = ReportSection()
+    search: SearchSection = SearchSection()
     seed: NonNegative = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: Positive | None = Field(None, description="CPU threads for the compression itself; null: all")
+    counterfactual: CounterfactualSection | None = None
+    audit: AuditSection | None = Field(None, description="null: audited only by the command `audit`")
+    explain: ExplainSection = ExplainSection()
+    quantize: QuantizeSection | None = Field(None, description="null: no INT8 files")

@@ -88,6 +88,10 @@ class Run:
             shutil.rmtree(self._progress_folder(name), ignore_errors=True)
             return reader.validate_json((self.folder / f"{name}.json").read_bytes())
 
+    def has(self, name: str) -> bool:
+        """Whether this run has been through a stage."""
+        return name in self._keys
+
     def key_of(self, name: str) -> str:
         """The key of a stage that this run has been through, for the `depends` of the stages that use its result."""
         return self._keys[name]

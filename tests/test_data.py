@@ -157,6 +157,28 @@ def test_the_fingerprint_follows_contents_and_preprocessing_not_the_place(tmp_pa
     assert load(npz(tmp_path, x=changed, y=y)).fingerprint != first.fingerprint
 
 
+def test_validation_from_the_test_split_leaves_it_disjoint(tmp_path: Path) -> None:
+    x, y = images(240)
+    arrays = {"x_train": x[:160], "y_train": y[:160], "x_test": x[160:], "y_test": y[160:]}
+    data = load(npz(tmp_path, **arrays), calibration=40, validation=30, validation_from="test")
+    assert [len(part) for part in splits(data)] == [120, 40, 30, 50]
+    held = {row.tobytes() for row in x[160:]}
+    shown = [{row.tobytes() for row in part.show(range(len(part)))} for part in splits(data)]
+    assert shown[2] | shown[3] == held
+    assert not shown[2] & shown[3]
+    assert not (shown[0] | shown[1]) & held
+    positions = [row.tobytes() for row in x[160:]]
+    for split, rows in ((data.validation, data.validation.show(range(30))), (data.test, data.test.show(range(50)))):
+        assert split.labels.tolist() == [y[160 + positions.index(row.tobytes())] for row in rows]
+    usual = load(npz(tmp_path, **arrays), calibration=40, validation=30)
+    assert usual.fingerprint != data.fingerprint
+
+
+def test_validation_from_a_test_split_that_is_not_there(tmp_path: Path) -> None:
+    x, y = images(100)
+    assert "test split of its own" in fault(npz(tmp_path, x=x, y=y), validation_from="test")
+
+
 def test_max_train_and_max_test(tmp_path: Path) -> None:
     x, y = images(90)
     data = load(npz(tmp_path, x_train=x, y_train=y, x_test=x[:30], y_test=y[:30]), max_train=9, max_test=6)

@@ -71,3 +71,19 @@ def test_the_result_is_frozen():
     diagnosis = diagnose()
     with pytest.raises(dataclasses.FrozenInstanceError):
         diagnosis.checks = ()
+
+
+def test_every_runtime_of_the_benchmark_is_spoken_of(monkeypatch):
+    from causal_compress.deploy.absent import absence
+    from causal_compress.deploy.runtimes import RUNTIMES
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")  # no compiler
+    checks = {check.name: check for check in diagnose().checks}
+    assert (checks["torch-compiled"].status, "g++" in checks["torch-compiled"].remedy) == ("absent", True)
+    for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        error = absence(name)
+        if error is not None:
+            assert error.remedy in checks[name].remedy
+    told = " ".join(checks).replace("_", "-")
+    assert all(name in told for name in RUNTIMES if name not in ("onnxruntime-cuda", "onnxruntime-tensorrt"))

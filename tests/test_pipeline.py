@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import digits_recipe, table_recipe, train
 
-from causal_compress import analyze, compress, pipeline
+from causal_compress import analyze, compress
 from causal_compress.afterwards import rebuild_report
 from causal_compress.cli import main
 from causal_compress.errors import RunFolderError, TeacherError
@@ -89,7 +89,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         raise AssertionError("a finished stage was computed again")
 
     for name in names:
-        monkeypatch.setattr(pipeline, name, again)
+        monkeypatch.setattr(stages, name, again)
 
 
 def read(folder: Path, name: str) -> dict:  # type: ignore[type-arg]
@@ -241,3 +241,25 @@ def test_a_table_goes_the_whole_way(tmp_path: Path) -> None:
     effects = read(tmp_path / "run", "intervene.json")
     assert len(effects["features"]) == 30
     assert "mean radius" in effects["features"]
+
+
+def test_int8_and_the_harm_audit_are_stages_where_asked_for(weights: Path, tmp_path: Path) -> None:
+    recipe = digits_recipe(
+        weights,
+        distill=None,
+        quantize={"inputs": 64, "scored": 64, "repeats": 10, "seconds": 0.2, "max_accuracy_drop": 20.0},
+        audit={"inputs": 100, "corruption_inputs": 40, "attribution_inputs": 4, "masks": 32, "map_inputs": 32},
+        benchmark={"runtimes": ["onnxruntime"], "batches": [1], "repeats": 10, "seconds": 0.1},
+    )
+    outcome = compress(recipe, tmp_path / "run")
+    stages_of_run = [stage["stage"] for stage in read(tmp_path / "run", "run.json")["stages"]]
+    assert stages_of_run.index("export") < stages_of_run.index("quantize") < stages_of_run.index("benchmark")
+    assert "audit" in stages_of_run
+    chosen = read(tmp_path / "run", "quantize.json")["chosen"]
+    precisions = [(row.model, row.precision) for row in outcome.scorecard.rows]
+    eight = [("student", "int8")] if chosen == "int8" else []
+    assert precisions == [("teacher", "fp32"), ("student", "fp32"), *eight]
+    told = read(tmp_path / "run", "report.json")
+    assert told["quantized"]["chosen"] == chosen
+    assert told["audit"]["n"] == 100
+    assert (tmp_path / "run" / "model.int8.onnx").stat().st_size < (tmp_path / "run" / "model.onnx").stat().st_size

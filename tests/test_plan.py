@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +19,13 @@ from causal_compress.results import (
     Chain,
     Effects,
     Groups,
+    LatencyTable,
     NodeEffect,
     Partition,
     RegionInfo,
     Skip,
 )
-from causal_compress.shrink.plan import best_path, front, make_plan
+from causal_compress.shrink.plan import KINDS, best_path, front, make_plan, price
 
 MACS, PARAMS = 100, 50
 
@@ -120,6 +123,7 @@ def groups(regions: int) -> Groups:
 
 
 Price = tuple[float, float, float]
+BY_MACS, BY_PARAMS, BY_LATENCY = np.eye(len(KINDS))
 
 
 def all_plans(known: Candidates, at: int = 0, share: float = 1.0) -> Iterator[tuple[Price, list[Candidate]]]:
@@ -131,8 +135,8 @@ def all_plans(known: Candidates, at: int = 0, share: float = 1.0) -> Iterator[tu
             yield _price(row, 1.0, (0.0, 0.0, 0.0)), [row]
             continue
         for out in {other.inputs_kept for other in known.rows if other.first == row.last + 1}:
-            for price, rest in all_plans(known, row.last + 1, out):
-                yield _price(row, out, price), [row, *rest]
+            for cost, rest in all_plans(known, row.last + 1, out):
+                yield _price(row, out, cost), [row, *rest]
 
 
 def _price(row: Candidate, out: float, rest: Price) -> Price:
@@ -166,12 +170,13 @@ def small_sets(draw: st.DrawFn) -> Candidates:
 @given(small_sets(), st.floats(0.05, 1.0))
 def test_the_best_plan_is_brute_forces(known: Candidates, share: float) -> None:
     limit = share * known.macs * (1 + 1e-9)
-    possible = [price for price, _ in all_plans(known) if price[0] <= limit]
-    found = best_path(known, 1.0, share, 1.0)
-    assert (found is None) == (not possible)
-    if found is None:
+    possible = [cost for cost, _ in all_plans(known) if cost[0] <= limit]
+    positions = best_path(known, price(known), BY_MACS, {"macs": share})
+    assert (positions is None) == (not possible)
+    if positions is None:
         return
-    assert sum(row.harm_kl for row in found) == pytest.approx(min(price[2] for price in possible), abs=1e-9)
+    found = [known.rows[position] for position in positions]
+    assert sum(row.harm_kl for row in found) == pytest.approx(min(cost[2] for cost in possible), abs=1e-9)
     outs = [row.inputs_kept for row in found[1:]] + [1.0]
     assert sum(row.macs_fixed + out * row.macs_out for row, out in zip(found, outs, strict=True)) <= limit
     assert [row.first for row in found] == [0, *[row.last + 1 for row in found[:-1]]]
@@ -181,18 +186,51 @@ def test_the_best_plan_is_brute_forces(known: Candidates, share: float) -> None:
 @given(small_sets(), st.floats(0.05, 1.0))
 def test_a_budget_of_parameters_is_met_likewise(known: Candidates, share: float) -> None:
     limit = share * known.params * (1 + 1e-9)
-    possible = [price for price, _ in all_plans(known) if price[1] <= limit and price[0] <= known.macs * (1 + 1e-9)]
-    found = best_path(known, 0.0, 1.0, share)
+    possible = [cost for cost, _ in all_plans(known) if cost[1] <= limit and cost[0] <= known.macs * (1 + 1e-9)]
+    found = best_path(known, price(known), BY_PARAMS, {"macs": 1.0, "params": share})
     assert (found is None) == (not possible)
     if found is not None:
-        assert sum(row.harm_kl for row in found) == pytest.approx(min(price[2] for price in possible), abs=1e-9)
+        harm = sum(known.rows[position].harm_kl for position in found)
+        assert harm == pytest.approx(min(cost[2] for cost in possible), abs=1e-9)
+
+
+@given(small_sets(), st.floats(0.05, 1.0), st.randoms(use_true_random=False))
+def test_a_budget_of_latency_is_met_likewise(known: Candidates, share: float, random: Random) -> None:
+    table = latencies(known, random)
+    times = dict(zip(map(id, known.rows), table.ms, strict=True))
+    limit = share * table.teacher_ms * (1 + 1e-9)
+
+    def latency(path: list[Candidate]) -> float:
+        kept = [row.inputs_kept for row in path[1:]] + [1.0]
+        scaling = [row.macs_out / max(row.macs_out + row.macs_fixed, 1e-300) for row in path]
+        parts = zip(path, kept, scaling, strict=True)
+        return sum(times[id(row)] * (1 - scale + out * scale) for row, out, scale in parts)
+
+    possible = [cost[2] for cost, path in all_plans(known) if latency(path) <= limit]
+    found = best_path(known, price(known, table), BY_LATENCY, {"latency": share})
+    assert (found is None) == (not possible)
+    if found is not None:
+        harm = sum(known.rows[position].harm_kl for position in found)
+        assert harm == pytest.approx(min(possible), abs=1e-9)
+
+
+def latencies(known: Candidates, random: Random) -> LatencyTable:
+    """Made-up times that have nothing to do with MACs."""
+    ms = tuple(random.uniform(0.1, 2.0) for _ in known.rows)
+    whole = {row.first: time for row, time in zip(known.rows, ms, strict=True) if is_whole(row)}
+    total = sum(whole.values())
+    return LatencyTable(runtime="onnxruntime", batch=1, threads=1, ms=ms, teacher_ms=total, parts=len(ms), seconds=1.0)
+
+
+def is_whole(row: Candidate) -> bool:
+    return row.first == row.last and not row.widths and row.inputs_kept == 1.0 and row.harm_kl == 0.0
 
 
 @given(small_sets())
 def test_the_front_falls_from_the_smallest_plan_to_the_teacher(known: Candidates) -> None:
-    points = front(known)
+    points = front(known, price(known), BY_MACS)
     assert all(a.macs < b.macs and a.harm_kl > b.harm_kl for a, b in itertools.pairwise(points))
-    least = min(price[0] for price, _ in all_plans(known))
+    least = min(cost[0] for cost, _ in all_plans(known))
     assert points[0].macs == pytest.approx(least / known.macs, abs=1e-9)
     assert points[-1].harm_kl == 0.0
 
@@ -216,15 +254,15 @@ def test_many_candidates_still_give_the_exact_ends_of_the_front() -> None:
     for index in range(6):
         rows += [candidate(index, index, macs=(3 + 1.37 * k + index / 7, 0), harm=1 / (k + 1.1)) for k in range(12)]
     known = candidates(rows, 6)
-    points = front(known)
+    points = front(known, price(known), BY_MACS)
     assert points[0].macs == pytest.approx(sum(3 + index / 7 for index in range(6)) / known.macs)
-    assert points[-1].macs == 1.0
+    assert points[-1].macs == pytest.approx(1.0)
     assert points[-1].harm_kl == 0.0
 
 
 def test_an_impossible_budget_says_what_is_possible() -> None:
     known = candidates([*kept_whole(2), candidate(0, 1, macs=(60, 0), params=(20, 0), harm=1.0)], 2)
-    with pytest.raises(BudgetError, match=r"keeps 0\.300 of the MACs; of the parameters, 0\.200") as caught:
+    with pytest.raises(BudgetError, match=r"keep 0\.300 of the MACs, 0\.200 of the parameters") as caught:
         make_plan(known, effects(2), groups(2), BudgetSection(macs=0.1), PlanSection())
     assert "budget.macs: 0.1" in str(caught.value)
     with pytest.raises(BudgetError):

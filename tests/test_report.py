@@ -11,8 +11,11 @@ from html.parser import HTMLParser
 
 import pytest
 from report_sample import HOSTILE, QUOTED, cka, region, sample
+from report_sample_later import audit, full_sample
 
-from causal_compress.explain import figures, formats
+from causal_compress.errors import RunFolderError
+from causal_compress.explain import audit_drawings, estimates, figures, formats, map_figures
+from causal_compress.explain.findings import findings
 from causal_compress.explain.report import _harm_pairs, _ledger, build_report, read_report_json, report_json
 from causal_compress.explain.svg import Axis, Caption, make_axis
 from causal_compress.results import Chain, Skip
@@ -55,6 +58,11 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def html() -> str:
     return build_report(sample())
+
+
+@pytest.fixture(scope="module")
+def full() -> str:
+    return build_report(full_sample())
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +114,7 @@ def test_ids_are_unique_and_links_lead_somewhere(page: Page) -> None:
 
 
 def test_every_figure_has_a_described_image_and_a_table(page: Page) -> None:
-    assert len(page.figures) == 9
+    assert len(page.figures) == 10
     for tags in page.figures:
         assert {"svg", "title", "desc", "figcaption", "table"} <= set(tags)
     assert all(attrs.get("role") == "img" for tag, attrs in page.tags if tag == "svg")
@@ -114,7 +122,18 @@ def test_every_figure_has_a_described_image_and_a_table(page: Page) -> None:
 
 def test_sections_stand_in_reading_order(page: Page) -> None:
     found = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
-    assert found == ["verdict", "scorecard", "map", "front", "ledger", "recovery", "examples", "parity", "method"]
+    assert found == [
+        "verdict",
+        "scorecard",
+        "map",
+        "front",
+        "audit",
+        "examples",
+        "ledger",
+        "recovery",
+        "parity",
+        "method",
+    ]
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
@@ -195,11 +214,127 @@ def test_long_chains_stay_below_the_limit() -> None:
 def test_json_has_a_schema_and_round_trips() -> None:
     text = report_json(sample())
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert found["verdict"] == "PASS"
     assert found["plan"]["macs"] == 0.542
     assert report_json(read_report_json(text)) == text
     assert read_report_json(text).disagreements == sample().disagreements
+
+
+def test_a_report_of_the_first_schema_is_still_read() -> None:
+    old = json.loads(report_json(sample()))
+    for later in ("pareto", "latency", "quantized", "audit"):
+        del old[later]
+    old["schema"], old["groups"]["random_init_cka_mean"] = 1, None
+    del old["distilled"]["compiled"]
+    read = read_report_json(json.dumps(old))
+    assert read == sample()
+    assert "No audit was part of this run" in build_report(read)
+
+
+@pytest.mark.parametrize("text", ['{"schema": 3}', "[]", "no JSON", '{"schema": 2, "plan": 1}'])
+def test_another_form_of_report_is_refused(text: str) -> None:
+    with pytest.raises(RunFolderError, match="report.json"):
+        read_report_json(text)
+
+
+def test_all_that_came_later_round_trips_and_stays_small(full: str) -> None:
+    text = report_json(full_sample())
+    assert read_report_json(text) == full_sample()
+    assert len(full.encode()) < 500_000
+    page = Page(full)
+    assert page.bad == []
+    assert len(page.figures) == 15
+    assert all({"svg", "table"} <= set(tags) for tags in page.figures)
+    assert "<script" not in full.lower()
+    assert page.attributes("onerror") == []
+
+
+def test_regions_have_names_of_their_own(full: str) -> None:
+    page = Page(full)
+    regions = [attrs for _, attrs in page.tags if attrs.get("role") == "region"]
+    labels = [attrs["aria-label"] for attrs in regions]
+    assert len(labels) == len(set(labels))
+    assert all(attrs["tabindex"] == "0" for attrs in regions)
+
+
+def test_every_word_is_explained_once(full: str) -> None:
+    words = re.findall("<dfn>(.*?)</dfn>", full)
+    assert len(words) == len(set(words))
+    assert {"student", "MACs", "95 % interval", "nats", "CKA", "INT8", "Brier score", "noise floor"} <= set(words)
+    text = re.sub(r"<style>.*?</style>|<title>.*?</title>|<nav.*?</nav>", "", full, flags=re.DOTALL)
+    for word in ("nats", "CKA", "noise floor", "Spearman", "INT8"):
+        assert text.index(word) >= text.index(f"<dfn>{word}</dfn>") - 200
+
+
+def test_search_latency_and_8_bits_are_told_with_their_numbers(full: str) -> None:
+    text = re.sub(r"<[^>]*>", "", full).replace("\u00a0", " ")
+    for told in (
+        "1.10 points in the search (95 % interval 0.55 to 1.65, n = 5,000)",
+        "predicted to take 52.0 % of the teacher's time; put together and timed as a whole, it took 55.0 %",
+        "ONNX Runtime, batch 1, 1 thread, 88 different parts",
+        "1.89× as fast (95 % interval 1.83 to 1.94 over 120 interleaved calls)",
+        "INT8 was chosen",
+        "(0.0210 nats)",
+    ):
+        assert told in text
+
+
+def test_findings_say_what_the_intervals_allow() -> None:
+    found = {f.question: f for f in findings(audit())}
+    assert [f.sign for f in found.values()] == ["worse", "worse", "worse", "worse", "worse", "worse", "same"]
+    overall = dataclasses.replace(audit().overall, drop_ci_pp=(-0.1, 0.4))
+    same = dataclasses.replace(audit(), overall=overall, per_class=(), corruptions=(), quality=(), groups=None)
+    assert [f.sign for f in findings(dataclasses.replace(same, attribution=None, causal_map=None))] == ["same"]
+    better = dataclasses.replace(overall, drop_ci_pp=(-0.4, -0.1))
+    assert findings(dataclasses.replace(same, overall=better))[0].answer == "No, better"
+
+
+def test_one_disturbance_of_many_proves_nothing() -> None:
+    rows = [r for r in audit().corruptions if r.corruption != "blur" or r.severity == 3]
+    (found,) = (f for f in findings(dataclasses.replace(audit(), corruptions=tuple(rows))) if "fragile" in f.question)
+    assert found.sign == "unclear"
+    assert "1 of 10 disturbances" in found.evidence
+
+
+def test_an_audit_with_little_in_it_still_makes_a_page() -> None:
+    little = dataclasses.replace(
+        audit(), per_class=(), corruptions=(), quality=(), groups=None, attribution=None, causal_map=None, gallery=()
+    )
+    html = build_report(dataclasses.replace(full_sample(), audit=little))
+    assert Page(html).bad == []
+    assert "No class had inputs to compare" in html
+
+
+def test_of_many_classes_those_that_changed_most_are_drawn() -> None:
+    row = audit().per_class[0]
+    rows = [
+        dataclasses.replace(row, name=str(i), compared=dataclasses.replace(row.compared, drop_pp=(-1) ** i * i / 10))
+        for i in range(100)
+    ]
+    assert [r.name for r in audit_drawings.most_changed(rows)] == [str(i) for i in range(76, 100)]
+
+
+def test_losses_lie_left_of_zero_and_only_sure_ones_are_coloured() -> None:
+    markup = estimates.forest(
+        Caption("k", HOSTILE, "d"),
+        [figures.Bar(QUOTED, -2.0, -3.0, -1.0, "t", True), figures.Bar("b", 1.0, -1.0, 3.0, "t")],
+        ("worse", "better"),
+    )
+    dots = re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="5" class="([^"]*)"', markup)
+    assert [css for _, css in dots] == ["dot strong", "dot"]
+    assert float(dots[0][0]) < 425 < float(dots[1][0])
+    assert "<img" not in markup
+    assert "<script" not in markup
+
+
+def test_a_part_is_as_wide_as_the_work_that_is_left() -> None:
+    spans = [map_figures.MapSpan(0, 1, 0.0, kept=0.25), map_figures.MapSpan(2, 3, 0.0, changed=False)]
+    markup = map_figures.before_and_after(Caption("k", "t", "d"), [0.1, 1.0, None, 10.0], [(0, 3)], spans)
+    (changed,), (kept,) = (re.findall(rf'width="([\d.]+)" height="40.0" class="{c}"', markup) for c in ("mark", "base"))
+    assert float(kept) == pytest.approx(4 * float(changed), abs=0.3)
+    assert "2→1" in markup
+    assert re.findall(r'class="cell" fill-opacity="([\d.]+)"', markup) == ["0.00", "0.60", "0.00", "1.00"]
 
 
 def test_the_same_results_make_the_same_page(html: str) -> None:
@@ -222,6 +357,12 @@ def test_the_same_results_make_the_same_page(html: str) -> None:
         (formats.signed(0.19), "+0.19"),
         (formats.signed(-1.19), "−1.19"),
         (formats.signed(0.001), "0.00"),
+        (formats.fixed(-0.001), "0.00"),
+        (formats.opposite(0.61, 1.02), "−1.02 to −0.61"),
+        (formats.p_value(0.0004), "below 0.001"),
+        (formats.p_value(0.031), "0.031"),
+        (formats.count(1, "class", "classes"), "1 class"),
+        (formats.count(1200, "input"), "1,200 inputs"),
         (formats.tick(0.30000000000000004), "0.3"),
         (formats.seconds(0.8), "0.80 s"),
         (formats.seconds(252), "4 min 12 s"),
@@ -260,8 +401,8 @@ def test_heat_map_shades_follow_the_numbers() -> None:
 
 
 def test_map_area_is_work() -> None:
-    columns = [figures.MapColumn(0.1, 0.01, 100.0), figures.MapColumn(0.2, 0.01, 100.0)]
-    markup = figures.causal_map(Caption("k", "t", "d"), columns, [(0, 1)], [figures.MapSpan(0, 1, 50.0)])
+    columns = [map_figures.MapColumn(0.1, 0.01, 100.0), map_figures.MapColumn(0.2, 0.01, 100.0)]
+    markup = map_figures.causal_map(Caption("k", "t", "d"), columns, [(0, 1)], [map_figures.MapSpan(0, 1, 50.0)])
     bars = [tuple(map(float, m)) for m in re.findall(r'width="([\d.]+)" height="([\d.]+)" class="base"', markup)]
     student = re.findall(r'width="([\d.]+)" height="([\d.]+)" class="mark"', markup)[-1]
     assert float(student[1]) == pytest.approx(bars[0][1] / 4, abs=0.2)

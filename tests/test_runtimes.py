@@ -1,4 +1,5 @@
 import builtins
+import importlib.util
 import sys
 
 import numpy as np
@@ -6,9 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from causal_compress.deploy.absent import absence
 from causal_compress.deploy.onnx import export_onnx
+from causal_compress.deploy.openvino import convert_to_openvino
 from causal_compress.deploy.package import save_pt2
-from causal_compress.deploy.runtimes import OnnxRuntime, TorchRuntime, open_runtime, torch_threads
+from causal_compress.deploy.runtimes import (
+    RUNTIMES,
+    OnnxRuntime,
+    TorchRuntime,
+    open_module,
+    open_runtime,
+    torch_threads,
+)
 from causal_compress.errors import ExportError, MissingPackageError, RunFolderError
 
 
@@ -77,3 +87,79 @@ def test_missing_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"nonsense")
     with pytest.raises(ExportError, match="refuses"):
         OnnxRuntime.load(tmp_path / "bad.onnx")
+
+
+openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+
+
+@openvino
+@pytest.mark.filterwarnings("error")
+def test_openvino_gives_the_models_logits_from_both_of_its_files(folder, tmp_path):
+    known = np.load(folder / "known.npz")
+    convert_to_openvino(folder / "m.onnx", tmp_path / "m.xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    for path in (folder / "m.onnx", tmp_path / "m.xml"):
+        runtime = open_runtime("openvino", path, threads=1)
+        first = runtime.run(known["x"])
+        kept = first.copy()
+        runtime.run(np.zeros_like(known["x"]))
+        np.testing.assert_array_equal(first, kept)  # not overwritten by the next call
+        np.testing.assert_allclose(first, known["y"], atol=1e-5)
+        np.testing.assert_allclose(runtime.run(known["x"][:1]), known["y"][:1], atol=1e-5)
+        assert runtime.describe().startswith("openvino ")
+
+
+@openvino
+def test_openvino_refuses_what_it_cant_read(tmp_path):
+    with pytest.raises(RunFolderError, match="can't read"):
+        open_runtime("openvino", tmp_path / "absent.onnx", threads=1)
+    (tmp_path / "bad.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ExportError, match="OpenVINO refuses"):
+        open_runtime("openvino", tmp_path / "bad.onnx", threads=1)
+
+
+@pytest.mark.slow
+def test_compiled_torch_gives_the_models_logits_for_every_shape(folder):
+    runtime, known = open_runtime("torch-compiled", folder / "m.pt2", threads=1), np.load(folder / "known.npz")
+    for n in (4, 1, 3):
+        np.testing.assert_allclose(runtime.run(known["x"][:n]), known["y"][:n], atol=1e-5)
+    assert "torch-compiled" in runtime.describe()
+
+
+def test_compiled_torch_never_goes_on_uncompiled(folder):
+    class Broken(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    with pytest.raises(Exception, match=r"(?i)graph"):
+        open_module("torch-compiled", Broken().eval(), folder / "m.pt2", threads=1).run(np.ones((1, 2), np.float32))
+
+
+@pytest.mark.parametrize("name", [name for name in RUNTIMES if name != "torch"])
+def test_absent_runtimes_are_refused_with_the_command_that_helps(name, folder, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda n, *a: None if n in ("openvino", "tensorrt", "tensorrt_rtx") else real(n, *a),
+    )
+    for module in ("openvino", "tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["AzureExecutionProvider"])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    error = absence(name)
+    assert isinstance(error, MissingPackageError)
+    assert error.exit_code == 1
+    remedy = {
+        "openvino": "'causal-compress[openvino]'",
+        "torch-compiled": "g++",
+        "tensorrt": "'causal-compress[tensorrt]'",
+    }
+    remedy |= {"tensorrt-rtx": "'causal-compress[tensorrt-rtx]'"}
+    assert remedy.get(name, "onnxruntime-gpu") in error.remedy
+    if name != "torch-compiled":  # that one fails at its first batch
+        with pytest.raises(MissingPackageError) as caught:
+            open_runtime(name, folder / "m.onnx", threads=1)
+        assert caught.value.remedy == error.remedy

@@ -1,35 +1,58 @@
-"""benchmark and report: what can be done with a finished run."""
+"""benchmark and report: what can be done with finished models."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from causal_compress.commands.shared import FOLDER, finish, talks
+from causal_compress.commands.shared import FOLDER, as_json_text, finish, talks
+from causal_compress.commands.target_table import show_targets, targets_csv
 from causal_compress.console import tell
 from causal_compress.errors import UsageError
+from causal_compress.shipped import find_recipe
 
 if TYPE_CHECKING:
-    from causal_compress.recipe import BenchmarkSection
+    from causal_compress.recipe import BenchmarkSection, Recipe
 
 
 @click.command()
-@click.argument("run", type=FOLDER)
+@click.argument("targets", type=FOLDER, nargs=-1, required=True, metavar="TARGET...")
 @click.option("--batch", "batches", metavar="N,N,...", help="Batch sizes.")
 @click.option("--threads", metavar="N,N,...", help="Numbers of CPU threads.")
-@click.option("--runtime", "runtimes", multiple=True, help="torch or onnxruntime; may be given several times.")
-@click.option("--json", "as_json", is_flag=True, help="Print the scorecard as JSON.")
+@click.option("--runtime", "runtimes", multiple=True, metavar="R", help="One of doctor's runtimes; repeatable.")
+@click.option("--precision", "precisions", multiple=True, help="fp32, fp16 or int8; repeatable.")
+@click.option("--repeats", type=int, metavar="N", help="Timed calls of each model.")
+@click.option("--recipe", metavar="FILE|NAME", help="Recipe that says how --data is read.")
+@click.option("--data", metavar="SOURCE", help="Labelled inputs, for targets that bring none.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides a recipe key.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV.")
 @talks
-def benchmark(*, run: Path, as_json: bool, **measured: Any) -> int:
-    """Measures teacher and student of a RUN again, here."""
-    section = _benchmark_section(**measured)
+def benchmark(*, targets: Sequence[Path], as_json: bool, as_csv: bool, **asked: Any) -> int:
+    """Measures runs, packages, engines and model files here."""
+    data = _data_recipe(asked.pop("recipe"), asked.pop("data"), asked.pop("settings"))
+    precisions = asked.pop("precisions")
+    section = _benchmark_section(**asked)
+    if len(targets) == 1 and _is_plain_run(targets[0]) and not (precisions or data or as_csv):
+        from causal_compress.afterwards import rebenchmark
 
-    from causal_compress.afterwards import rebenchmark
+        return finish(rebenchmark(targets[0], section), targets[0], as_json)
 
-    return finish(rebenchmark(run, section), run, as_json)
+    from causal_compress.afterwards import benchmark_targets
+
+    runtimes = section.runtimes if asked["runtimes"] else ()
+    table = benchmark_targets(targets, section, runtimes=runtimes, precisions=precisions, data=data)
+    if as_csv:
+        tell(targets_csv(table).rstrip("\n"))
+    elif as_json:
+        tell(as_json_text(table))
+    else:
+        show_targets(table)
+    return 0
 
 
 @click.command()
@@ -42,7 +65,25 @@ def report(*, run: Path) -> None:
     tell(str(rebuild_report(run)))
 
 
-def _benchmark_section(*, batches: str | None, threads: str | None, runtimes: Sequence[str]) -> BenchmarkSection:
+def _is_plain_run(target: Path) -> bool:
+    return target.suffix not in (".onnx", ".pt2", ".xml", ".engine") and not (target / "package.json").is_file()
+
+
+def _data_recipe(recipe: str | None, data: str | None, settings: Sequence[str]) -> Recipe | None:
+    if recipe is None and data is None and not settings:
+        return None
+    from causal_compress.recipe_file import load_recipe
+
+    given = [f"data.source={json.dumps(data)}"] if data is not None else []
+    loaded = load_recipe(find_recipe(recipe) if recipe else None, [*settings, *given])
+    if loaded.data.source is None:
+        raise UsageError("no data was given", found="no data.source", remedy="add --data npz:FILE or another source")
+    return loaded
+
+
+def _benchmark_section(
+    *, batches: str | None, threads: str | None, runtimes: Sequence[str], repeats: int | None
+) -> BenchmarkSection:
     """Only what was given is set, so that the run's own recipe answers for the rest (`model_fields_set`)."""
     from pydantic import ValidationError
 
@@ -52,6 +93,7 @@ def _benchmark_section(*, batches: str | None, threads: str | None, runtimes: Se
         "batches": batches.split(",") if batches is not None else None,
         "threads": threads.split(",") if threads is not None else None,
         "runtimes": list(runtimes) or None,
+        "repeats": repeats,
     }
     try:
         return BenchmarkSection.model_validate({key: value for key, value in given.items() if value is not None})
@@ -60,5 +102,5 @@ def _benchmark_section(*, batches: str | None, threads: str | None, runtimes: Se
         raise UsageError(
             "the benchmark can't be run like that",
             found="; ".join(faults),
-            remedy="give whole numbers such as --batch 1,64 --threads 1,2, and --runtime torch or onnxruntime",
+            remedy="give whole numbers such as --batch 1,64 --threads 1,2, and a --runtime that doctor names",
         ) from error

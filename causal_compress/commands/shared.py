@@ -49,6 +49,9 @@ def takes_inputs(command: Command) -> Command:
         click.option("--data", metavar="SOURCE", help="npz:FILE, imagefolder:DIR, csv:FILE, sklearn:NAME and others."),
         click.option("--out", required=True, type=FOLDER, metavar="DIR", help="Run folder; an unfinished run resumes."),
         click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Overrides a recipe key."),
+        click.option(
+            "--undo", multiple=True, metavar="NODE", help="A node of the ledger that stays whole; repeatable."
+        ),
         click.option("--seed", type=int, help="Seed of everything random."),
         click.option("--reuse", type=FOLDER, metavar="RUN", help="Take over equal stages from another run folder."),
         click.option("--force", is_flag=True, help="Go on although the teacher is hardly better than chance."),
@@ -59,12 +62,14 @@ def takes_inputs(command: Command) -> Command:
     return command
 
 
-def chosen_recipe(*, recipe: str | None, settings: Sequence[str], seed: int | None, **inputs: str | None) -> Recipe:
+def chosen_recipe(
+    *, recipe: str | None, settings: Sequence[str], seed: int | None, undo: Sequence[str] = (), **inputs: str | None
+) -> Recipe:
     """The recipe with `--set`, then the flags, laid over it; refuses one without a network or data."""
     from causal_compress.recipe_file import load_recipe
 
     keys = {"arch": "model.arch", "weights": "model.weights", "data": "data.source"}
-    flags = {keys[flag]: value for flag, value in inputs.items()} | {"seed": seed}
+    flags = {keys[flag]: value for flag, value in inputs.items()} | {"seed": seed, "plan.undo": list(undo) or None}
     # JSON is YAML too: quoted, a path such as 2024 or null stays text.
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     loaded = load_recipe(find_recipe(recipe) if recipe else None, [*settings, *given])

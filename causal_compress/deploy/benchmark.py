@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from causal_compress.deploy.absent import absence, refuse_absent
 from causal_compress.deploy.memory import peak_memory
-from causal_compress.deploy.runtimes import OnnxRuntime, Runtime, RuntimeName, TorchRuntime, torch_threads
+from causal_compress.deploy.runtimes import RUNTIMES, Runtime, RuntimeName, open_module, torch_threads
 from causal_compress.deploy.scorecard import measured_notes, verdict
+from causal_compress.deploy.timing import compare_latencies, no_garbage_collection
 from causal_compress.errors import DataError
 from causal_compress.recipe import BenchmarkSection, BudgetSection
-from causal_compress.results import Exported, Scorecard, ScoreRow
+from causal_compress.results import Exported, Quantized, Scorecard, ScoreRow
 from causal_compress.understand.cost import count_macs, count_params, evaluating
-from causal_compress.understand.statistics import paired_drop, ratio_of_medians
+from causal_compress.understand.statistics import paired_drop
 
 if TYPE_CHECKING:
     from causal_compress.inputs.data import Split
@@ -31,6 +31,7 @@ _MIN_ROUNDS = 10
 _WARM_UP_ROUNDS = 5
 _ACCURACY_BATCH_ELEMENTS = 2**20
 _SAME = (1.0, (1.0, 1.0))
+_INT8_RUNTIMES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Deployed:
         Returns:
             Path.
         """
-        return self.pt2 if runtime == "torch" else self.onnx
+        return self.pt2 if runtime.startswith("torch") else self.onnx
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,20 @@ def deployed(exported: Exported, folder: Path, teacher: nn.Module, student: nn.M
     )
 
 
+def chosen_int8(quantized: Quantized, folder: Path) -> Path | None:
+    """The INT8 file for CPUs, if it was chosen over the FP32 one."""
+    files = [folder / file.onnx for file in quantized.files if file.family == "cpu"]
+    return files[0] if files and quantized.chosen == "int8" else None
+
+
 def benchmark(
-    teacher: Deployed, student: Deployed, test: Split, section: BenchmarkSection, budget: BudgetSection
+    teacher: Deployed,
+    student: Deployed,
+    test: Split,
+    section: BenchmarkSection,
+    budget: BudgetSection,
+    *,
+    int8: Path | None = None,
 ) -> Scorecard:
     """Measure teacher and student on every runtime, thread count and batch size, and judge the budget.
 
@@ -103,6 +116,7 @@ def benchmark(
         test: The test split; read once per runtime for accuracy, its first inputs for latency.
         section: Runtimes, batch sizes, thread counts, repeats and time limit.
         budget: What the result must satisfy.
+        int8: INT8 file of the student; on onnxruntime and openvino it gets rows of its own, and it is judged too.
 
     Returns:
         Two rows per runtime, thread count and batch size, with verdict, reasons and notes.
@@ -118,26 +132,47 @@ def benchmark(
     if first is None:
         raise DataError("the test split is empty", remedy="set data.test_share or name a source with a test split")
     inputs = first[0]
-    rows: list[ScoreRow] = []
-    described: list[str] = []
-    with evaluating(teacher.model), evaluating(student.model):
-        facts = _facts(teacher, inputs), _facts(student, inputs)
-        for name in section.runtimes:
-            fast = max(torch.get_num_threads(), *section.threads)  # answers, unlike latencies, take all threads
-            answers = _answers(_open(name, fast, teacher, student), test)
-            for threads in section.threads:
-                pair = _open(name, threads, teacher, student)
-                with torch_threads(threads):
-                    described.append(pair.teacher.describe())
-                    rows += _rows(pair, (teacher, student), inputs, section, (answers, facts))
+    refuse_absent(section.runtimes)
+    forms: list[tuple[RuntimeName, Deployed, str]] = [(name, student, "fp32") for name in section.runtimes]
+    if int8 is not None:
+        eight = replace(student, onnx=int8)
+        forms += [(name, eight, "int8") for name in section.runtimes if name in _INT8_RUNTIMES]
+    rows, described = _measure(teacher, forms, test, inputs, section)
     outcome, reasons = verdict(rows, budget)
     return Scorecard(
         verdict=outcome,
         reasons=reasons,
-        notes=measured_notes(rows),
+        notes=(*measured_notes(rows), *_not_measured(section.runtimes)),
         rows=tuple(rows),
         runtimes=tuple(described),
     )
+
+
+def _measure(
+    teacher: Deployed,
+    forms: Sequence[tuple[RuntimeName, Deployed, str]],
+    test: Split,
+    inputs: Tensor,
+    section: BenchmarkSection,
+) -> tuple[list[ScoreRow], list[str]]:
+    """Rows of the teacher and of each form of the student, and descriptions of the runtimes."""
+    rows: list[ScoreRow] = []
+    described: list[str] = []
+    with evaluating(teacher.model), evaluating(forms[0][1].model):
+        facts = _facts(teacher, inputs), _facts(forms[0][1], inputs)
+        for name, form, precision in forms:
+            fast = max(torch.get_num_threads(), *section.threads)  # answers, unlike latencies, take all threads
+            answers = _answers(_open(name, fast, teacher, form), test)
+            for threads in section.threads:
+                pair = _open(name, threads, teacher, form)
+                with torch_threads(threads):
+                    measured = _rows(pair, (teacher, form), inputs, section, (answers, facts))
+                if precision == "fp32":
+                    described.append(pair.teacher.describe())
+                    rows += measured
+                else:  # the teacher has its rows already
+                    rows += [replace(row, precision=precision) for row in measured if row.model == "student"]
+    return rows, described
 
 
 def count_agreement(pair: Pair, test: Split) -> Agreement:
@@ -182,7 +217,7 @@ def time_interleaved(
     """
     calls = (pair.teacher.run, pair.student.run)
     taken: list[list[float]] = [[], []]
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for _ in range(_WARM_UP_ROUNDS):
             for call in calls:
                 call(x)
@@ -206,9 +241,7 @@ def _facts(deployed: Deployed, inputs: Tensor) -> _Facts:
 
 def _open(name: RuntimeName, threads: int, teacher: Deployed, student: Deployed) -> Pair:
     def one(deployed: Deployed) -> Runtime:
-        if name == "torch":
-            return TorchRuntime(deployed.model)
-        return OnnxRuntime.load(deployed.onnx, threads=threads)
+        return open_module(name, deployed.model, deployed.onnx, threads=threads)
 
     return Pair(runtime=name, threads=threads, teacher=one(teacher), student=one(student))
 
@@ -237,9 +270,21 @@ def _rows(
         times = time_interleaved(pair, x, repeats=section.repeats, seconds=section.seconds)
         for which, name in enumerate(_NAMES):
             cost = _Cost(*facts[which], models[which].file(pair.runtime).stat().st_size, memory[which].get(batch))
-            ratio = ratio_of_medians(*times) if name == "student" else _SAME
+            ratio = _speedup(*times) if name == "student" else _SAME
             rows.append(_row(name, pair, batch, _Measured(answers, cost, times[which], ratio)))
     return rows
+
+
+def _speedup(teacher: NDArray[np.float64], student: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
+    ratio = compare_latencies(teacher, student)
+    return ratio.value, (ratio.low, ratio.high)
+
+
+def _not_measured(measured: Sequence[RuntimeName]) -> Iterator[str]:
+    absent = {name: absence(name) for name in RUNTIMES if name not in measured}
+    told = [f"{name} ({error.remedy})" for name, error in absent.items() if error is not None]
+    if told:
+        yield f"not here, so not measured: {'; '.join(told)}"
 
 
 _NAMES: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
@@ -292,15 +337,3 @@ def _row(name: Literal["teacher", "student"], pair: Pair, batch: int, measured: 
 
 def _array(x: Tensor) -> NDArray[np.float32]:
     return np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> None:
     name, path, threads, shape, batches = arguments
     _import(name)
     before = _reset_peak()
-    runtime = runtimes.open_runtime("torch" if name == "torch" else "onnxruntime", Path(path), threads=int(threads))
+    known = next(known for known in runtimes.RUNTIMES if known == name)
+    runtime = runtimes.open_runtime(known, Path(path), threads=int(threads))
     rises = {}
     for batch in json.loads(batches):
         runtime.run(np.zeros((batch, *json.loads(shape)), dtype=np.float32))
@@ -69,12 +70,16 @@ def main(arguments: list[str]) -> None:
 
 
 def _import(name: str) -> None:
-    if name == "torch":
+    if name.startswith("torch"):
         # What `load` imports on its way counts as the runtime, not as the model.
         import torch._dynamo
         import torch.export.pt2_archive  # noqa: F401
 
-        import causal_compress.deploy.package  # noqa: F401
+        import causal_compress.deploy.package
+    elif name == "openvino":
+        import openvino  # noqa: F401
+
+        import causal_compress.deploy.openvino  # noqa: F401
     else:
         import onnxruntime  # noqa: F401
 

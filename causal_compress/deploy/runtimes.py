@@ -1,7 +1,8 @@
 """Where a model runs: one small class per runtime, all with the same two methods.
 
-torch and onnxruntime are imported only by the runtime that needs them, so that the memory of one is measured without
-the other in the process.
+torch, onnxruntime, openvino and TensorRT are imported only by the runtime that needs them, so that the memory of one
+is measured without the others in the process. What is absent is refused with the command that installs it; no runtime
+falls back to another.
 """
 
 from __future__ import annotations
@@ -11,17 +12,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from causal_compress.errors import ExportError, MissingPackageError, RunFolderError
+import causal_compress.recipe as recipe
+from causal_compress.deploy.absent import PROVIDERS, Provider, import_onnxruntime, no_compiler, no_provider
+from causal_compress.errors import ExportError, RunFolderError
 
 if TYPE_CHECKING:
     from torch import nn
 
-RuntimeName = Literal["torch", "onnxruntime"]
+RuntimeName = recipe.RuntimeName
+
+RUNTIMES: tuple[RuntimeName, ...] = (
+    "torch",
+    "torch-compiled",
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 class Runtime(Protocol):
@@ -92,51 +106,121 @@ class TorchRuntime:
 
 
 @dataclass(frozen=True)
+class CompiledRuntime:
+    """PyTorch compiled for each shape it meets (torch.compile), on the CPU.
+
+    Args:
+        compiled: A network in evaluation mode, given to torch.compile as one graph.
+
+    Limits: the first batch of each shape takes half a minute; graph breaks and too many shapes are errors, because
+        torch would go on uncompiled otherwise.
+    """
+
+    compiled: Any
+
+    @staticmethod
+    def of(model: nn.Module) -> CompiledRuntime:
+        """Prepare a network; nothing is compiled before the first batch.
+
+        Args:
+            model: A network in evaluation mode.
+
+        Returns:
+            The runtime.
+        """
+        import torch
+
+        return CompiledRuntime(torch.compile(model, dynamic=False, fullgraph=True))
+
+    def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of a batch.
+
+        Args:
+            x: N x ..., normalised.
+
+        Returns:
+            N x classes.
+
+        Raises:
+            MissingPackageError: nothing here can compile.
+        """
+        import torch
+        import torch._dynamo
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+        try:
+            with torch.no_grad(), torch._dynamo.config.patch(limits):
+                logits: NDArray[np.float32] = self.compiled(torch.from_numpy(x)).numpy()
+        except (InvalidCxxCompiler, CppCompileError) as error:
+            raise no_compiler(str(error).strip().partition("\n")[0]) from error
+        return logits
+
+    def describe(self) -> str:
+        """Version, device and threads.
+
+        Returns:
+            One line for people.
+        """
+        import torch
+
+        return f"torch-compiled {torch.__version__}, CPU, {torch.get_num_threads()} thread(s)"
+
+
+@dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime on the CPU, operators one after the other.
+    """ONNX Runtime, operators one after the other.
 
     Args:
         session: An onnxruntime.InferenceSession.
         threads: Threads inside an operator.
+        provider: What computes.
     """
 
     session: Any
     threads: int
+    provider: Provider = "CPU"
 
     @staticmethod
-    def load(path: Path, *, threads: int = 1) -> OnnxRuntime:
+    def load(path: Path, *, threads: int = 1, provider: Provider = "CPU") -> OnnxRuntime:
         """Load an .onnx file.
 
         Args:
             path: The file.
             threads: Threads inside an operator.
+            provider: What computes; the others are switched off.
 
         Returns:
             The runtime.
 
         Raises:
-            MissingPackageError: onnxruntime is not installed.
+            MissingPackageError: onnxruntime is not installed, or without this provider.
             RunFolderError: the file is missing.
             ExportError: ONNX Runtime refuses the file.
         """
         if not path.is_file():
             raise RunFolderError(f"can't read the model {path}", found="no such file", remedy="run export first")
-        onnxruntime = _import_onnxruntime()
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
         # Idle workers would otherwise spin on while the other model of an interleaved measurement runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        wanted = f"{provider}ExecutionProvider"
+        if wanted not in onnxruntime.get_available_providers():
+            raise no_provider(wanted)
         try:
-            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[wanted])
         except Exception as error:  # onnxruntime's exceptions share no public base
             raise ExportError(
                 f"ONNX Runtime refuses {path.name}",
                 found=str(error).splitlines()[0],
                 remedy="try another export.opset, or update onnxruntime",
             ) from error
-        return OnnxRuntime(session, threads)
+        if session.get_providers()[0] != wanted:  # onnxruntime falls back when a library of the GPU can't be loaded
+            raise no_provider(wanted)
+        return OnnxRuntime(session, threads, provider)
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of a batch.
@@ -156,7 +240,8 @@ class OnnxRuntime:
         Returns:
             One line for people.
         """
-        return f"onnxruntime {_import_onnxruntime().__version__}, CPU, {self.threads} thread(s)"
+        device = "CPU" if self.provider == "CPU" else f"GPU ({self.provider})"
+        return f"onnxruntime {import_onnxruntime().__version__}, {device}, {self.threads} thread(s)"
 
 
 def open_runtime(name: RuntimeName, path: Path, *, threads: int) -> Runtime:
@@ -164,21 +249,54 @@ def open_runtime(name: RuntimeName, path: Path, *, threads: int) -> Runtime:
 
     Args:
         name: Which runtime.
-        path: .pt2 for torch, .onnx for onnxruntime.
-        threads: Threads for onnxruntime; torch's are set by `torch_threads`.
+        path: .pt2 for torch; .onnx for onnxruntime and openvino (which reads .xml too); an engine for TensorRT, or an
+            .onnx file from which one is built for the GPU here.
+        threads: Threads for onnxruntime and openvino; torch's are set by `torch_threads`.
 
     Returns:
         The runtime.
 
     Raises:
-        MissingPackageError: the runtime is not installed.
+        MissingPackageError: the runtime or its device is not here.
         RunFolderError: the file is missing or damaged.
+        ExportError: the runtime refuses the file.
     """
+    if name in PROVIDERS:
+        return OnnxRuntime.load(path, threads=threads, provider=PROVIDERS[name])
     match name:
-        case "torch":
-            return TorchRuntime.load(path)
-        case "onnxruntime":
-            return OnnxRuntime.load(path, threads=threads)
+        case "openvino":
+            from causal_compress.deploy.openvino import OpenVinoRuntime
+
+            return OpenVinoRuntime.load(path, threads=threads)
+        case "tensorrt" | "tensorrt-rtx":
+            from causal_compress.deploy.engines import EngineRuntime
+
+            return EngineRuntime.load(path, name)
+        case _:
+            eager = TorchRuntime.load(path)
+            return CompiledRuntime.of(eager.model) if name == "torch-compiled" else eager
+
+
+def open_module(name: RuntimeName, model: nn.Module, path: Path, *, threads: int) -> Runtime:
+    """As `open_runtime`, but PyTorch runs a network that is in memory already.
+
+    Args:
+        name: Which runtime.
+        model: The network, in evaluation mode; run by torch and torch-compiled.
+        path: What the other runtimes load.
+        threads: Threads for onnxruntime and openvino.
+
+    Returns:
+        The runtime.
+
+    Raises:
+        MissingPackageError: the runtime or its device is not here.
+    """
+    if name == "torch":
+        return TorchRuntime(model)
+    if name == "torch-compiled":
+        return CompiledRuntime.of(model)
+    return open_runtime(name, path, threads=threads)
 
 
 @contextmanager
@@ -199,15 +317,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _import_onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPackageError(
-            "ONNX Runtime is not installed",
-            found=str(error),
-            remedy="pip install onnxruntime, or set benchmark.runtimes to [torch]",
-        ) from error
-    return onnxruntime

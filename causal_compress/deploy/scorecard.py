@@ -8,11 +8,14 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from causal_compress.recipe import BudgetSection
-from causal_compress.results import Scorecard, ScoreRow, Verdict
+from causal_compress.deploy.timing import speed_verdict
+from causal_compress.recipe import BudgetSection, LatencySection
+from causal_compress.results import Scorecard, ScoreRow, TeacherScore, Verdict
+from causal_compress.understand.statistics import wilson
 
 _SHORTFALL = 0.75  # a speed-up below this share of the fall in MACs is worth a note
 _DISAGREEMENT_PP = 0.1
+_MEMORY_PP = 1.0
 
 
 def verdict(rows: Sequence[ScoreRow], budget: BudgetSection) -> tuple[Verdict, tuple[str, ...]]:
@@ -49,6 +52,29 @@ def measured_notes(rows: Sequence[ScoreRow]) -> tuple[str, ...]:
     if any(row.peak_memory_bytes is None for row in rows):
         notes.append("peak memory could not be measured everywhere: the separate process failed")
     return tuple(notes)
+
+
+def seen_in_training(teacher: TeacherScore, scorecard: Scorecard) -> str | None:
+    """A warning where the teacher's validation accuracy is too good for its test accuracy, or None.
+
+    A checkpoint from elsewhere was often trained on all training data, the validation inputs among them. They then say
+    little about a drop.
+
+    Args:
+        teacher: As scored on the validation split.
+        scorecard: As measured on the test split.
+    """
+    rows = [row for row in scorecard.rows if row.model == "teacher"]
+    if not rows:
+        return None
+    test = wilson(round(rows[0].accuracy_pct * rows[0].n / 100), rows[0].n)
+    if teacher.accuracy.low_pct <= test.high_pct + _MEMORY_PP:
+        return None
+    return (
+        f"the teacher is right on {teacher.accuracy.pct:.1f} % of the validation inputs and on {test.pct:.1f} % of the "
+        "test inputs: it was probably trained on the former, so validation accuracies flatter (set "
+        "data.validation_from: test)"
+    )
 
 
 def scorecard_csv(scorecard: Scorecard) -> str:
@@ -99,6 +125,26 @@ def _judge_costs(rows: Sequence[ScoreRow], budget: BudgetSection) -> Iterator[_J
         yield _judge_share("MACs", student.macs, teacher.macs, budget.macs)
     if budget.params is not None:
         yield _judge_share("parameters", student.params, teacher.params, budget.params)
+    if budget.latency_ms is not None:
+        yield _judge_latency(rows, budget.latency_ms)
+
+
+def _judge_latency(rows: Sequence[ScoreRow], limit: LatencySection) -> _Judged:
+    where = f"{limit.runtime}, batch {limit.batch}, {limit.threads} thread(s)"
+    for _, student in _pairs(rows):
+        if (student.runtime, student.batch, student.threads) == (limit.runtime, limit.batch, limit.threads):
+            share = 1.0 / student.speedup
+            low, high = (1.0 / speedup for speedup in reversed(student.speedup_ci))
+            text = (
+                f"{share:.3f} of the teacher's latency kept on {where} (95 % interval {low:.3f} to {high:.3f}); "
+                f"the budget allows {limit.keep:g}"
+            )
+            if high <= limit.keep:
+                return "PASS", text
+            if low > limit.keep:
+                return "FAIL", text + ": missed"
+            return "INCONCLUSIVE", text + ": the interval contains the limit"
+    return "INCONCLUSIVE", f"the latency on {where} was not measured: add it to the benchmark section"
 
 
 def _judge_share(what: str, kept: int, whole: int, limit: float) -> _Judged:
@@ -132,9 +178,10 @@ def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
     low, high = student.speedup_ci
     interval = f"95 % interval {low:.2f}x to {high:.2f}x over {student.rounds} rounds"
     where = f"{student.runtime}, batch {student.batch}, {student.threads} thread(s)"
-    if low <= 1.0 <= high:
+    told = speed_verdict(low, high)
+    if told == "no difference":
         yield f"{where}: no difference in latency: {student.speedup:.2f}x lies within the noise ({interval})"
-    elif high < 1.0:
+    elif told == "slower":
         yield f"{where}: the student is slower than the teacher: {student.speedup:.2f}x ({interval})"
     fall = teacher.macs / student.macs if student.macs else 1.0
     if fall > 1.0 and high < _SHORTFALL * fall:
@@ -153,9 +200,9 @@ def _disagreements(rows: Sequence[ScoreRow]) -> Iterator[str]:
 
 
 def _pairs(rows: Sequence[ScoreRow]) -> Iterator[tuple[ScoreRow, ScoreRow]]:
-    teachers = {(row.runtime, row.precision, row.batch, row.threads): row for row in rows if row.model == "teacher"}
+    teachers = {(row.runtime, row.batch, row.threads): row for row in rows if row.model == "teacher"}
     for row in rows:
-        teacher = teachers.get((row.runtime, row.precision, row.batch, row.threads))
+        teacher = teachers.get((row.runtime, row.batch, row.threads))
         if row.model == "student" and teacher is not None:
             yield teacher, row
 

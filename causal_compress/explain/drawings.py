@@ -8,7 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from causal_compress.explain import figures, formats
+from causal_compress.explain import figures, formats, map_figures
 from causal_compress.explain.svg import Caption
 from causal_compress.results import Effects, Epoch, Groups, Partition, Plan, Scorecard, ScoreRow
 
@@ -65,13 +65,40 @@ def causal_map(effects: Effects, plan: Plan, ranges: Ranges) -> Markup:
     for region in regions:
         effect = by_site.get(region.name)
         ace, error = (effect.ace, 1.96 * effect.ace_stderr) if effect else (None, 0.0)
-        columns.append(figures.MapColumn(ace, error, region.macs))
-    spans = [figures.MapSpan(d.candidate.first, d.candidate.last, d.macs_after) for d in plan.decisions]
+        columns.append(map_figures.MapColumn(ace, error, region.macs))
+    spans = _spans(plan)
     desc = (
         f"{len(regions)} regions in {len(ranges)} causal nodes. Upper bars: average causal effect per site. Lower "
         "bars: MACs of the teacher, grey, and of the student as planned, in colour."
     )
-    return figures.causal_map(Caption("fig-map", "Causal map before and after", desc), columns, ranges, spans)
+    return map_figures.causal_map(Caption("fig-map", "Effect and work of every region", desc), columns, ranges, spans)
+
+
+def _spans(plan: Plan) -> list[map_figures.MapSpan]:
+    return [
+        map_figures.MapSpan(
+            d.candidate.first,
+            d.candidate.last,
+            d.macs_after,
+            kept=d.macs_after / d.macs_before if d.macs_before else 1.0,
+            changed=d.kind != "keep" or d.macs_after < d.macs_before,
+        )
+        for d in plan.decisions
+    ]
+
+
+def before_and_after(effects: Effects, plan: Plan, ranges: Ranges) -> Markup:
+    """The teacher's regions in their causal nodes, and what became of them."""
+    by_site = {node.site: node.ace for node in effects.nodes}
+    spans = _spans(plan)
+    merged = sum(span.last > span.first for span in spans)
+    desc = (
+        f"Above, {len(effects.chain.regions)} regions of the teacher in {len(ranges)} causal nodes, fuller where the "
+        f"causal effect is larger. Below, the student's {len(spans)} parts; {merged} of them stand for several regions each."
+    )
+    shades = [by_site.get(region.name) for region in effects.chain.regions]
+    caption = Caption("fig-merged", "The network before and after", desc)
+    return map_figures.before_and_after(caption, shades, ranges, spans)
 
 
 def input_features(effects: Effects) -> Markup:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
 from causal_compress.explain.report import Disagreement, _config
-from causal_compress.inputs.data import Data
+from causal_compress.inputs.data import Data, Split
 
 
 @dataclass(frozen=True, kw_only=True, config=_config)
@@ -48,15 +49,16 @@ def _disagreement(data: Data, index: int, answers: torch.Tensor) -> Disagreement
         true_class=names[int(data.validation.labels[index])],
         teacher_class=names[int(answers[0])],
         student_class=names[int(answers[1])],
-        image_png=_png(data, index) if is_image else None,
-        row=None if is_image else _row(data, index),
+        image_png=picture_png(data.validation, index) if is_image else None,
+        row=None if is_image else row_text(data.validation, data.features.names, index),
     )
 
 
-def _png(data: Data, index: int) -> bytes:
+def picture_png(split: Split, index: int) -> bytes:
+    """An image of a split as PNG, small ones enlarged."""
     from PIL import Image
 
-    pixels = data.validation.show([index])[0]
+    pixels = split.show([index])[0]
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     scale = max(1, 64 // max(image.size))
     target = io.BytesIO()
@@ -64,7 +66,7 @@ def _png(data: Data, index: int) -> bytes:
     return target.getvalue()
 
 
-def _row(data: Data, index: int) -> str:
-    values = data.validation.show([index])[0]
-    names = data.features.names
+def row_text(split: Split, names: Sequence[str], index: int) -> str:
+    """A raw row of a table with its column names."""
+    values = split.show([index])[0]
     return ", ".join(f"{name} = {value:g}" for name, value in zip(names, values, strict=False))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from causal_compress.explain import formats, svg
+from causal_compress.explain import svg
 from causal_compress.explain.svg import Axis, Caption, make_axis
 
 _LEVELS = 16
@@ -34,24 +34,6 @@ class Series:
     points: tuple[tuple[float, float], ...]
     line: bool = True
     strong: bool = False
-
-
-@dataclass(frozen=True)
-class MapColumn:
-    """One region in the causal map; the effect may be unknown."""
-
-    ace: float | None
-    error: float
-    macs: float
-
-
-@dataclass(frozen=True)
-class MapSpan:
-    """Regions first..last (positions on the chain) after compression."""
-
-    first: int
-    last: int
-    macs: float
 
 
 def latency_bars(caption: Caption, groups: Sequence[tuple[str, Sequence[Bar]]]) -> Markup:
@@ -94,75 +76,6 @@ def bar_list(caption: Caption, bars: Sequence[Bar]) -> Markup:
         parts += [svg.text(left - 10, y + 14, name, anchor="end"), svg.rect(left, y + 3, end - left, 14, "pale")]
         parts += [svg.line(low, y + 10, tip, y + 10, "whisker"), svg.text(tip + 8, y + 14, bar.text)]
     return svg.document(caption, 720, 24.0 * len(bars), parts)
-
-
-def causal_map(
-    caption: Caption, columns: Sequence[MapColumn], nodes: Sequence[tuple[int, int]], spans: Sequence[MapSpan]
-) -> Markup:
-    """The chain from left to right: causal nodes as bands, ACE of each site, MACs before and after.
-
-    Args:
-        caption: Title and description.
-        columns: One per region, in order.
-        nodes: First and last position of each causal node.
-        spans: What each stretch of regions costs after compression [MACs]; drawn with area equal to its cost.
-
-    Returns:
-        SVG markup.
-    """
-    left, right = 64.0, 860.0
-    step = (right - left) / max(1, len(columns))
-    ace = make_axis([c.ace for c in columns if c.ace is not None], 172, 52, zero=True)
-    macs = Axis(0, max((c.macs for c in columns), default=1.0) * 1.06 or 1.0, 330, 222)
-    parts = _node_bands(nodes, left, step)
-    scale = " (log scale)" if ace.log else ""
-    parts += [svg.text(left, 44, f"Causal effect of each site [nats]{scale}, with 95 % interval", css="strong")]
-    parts += svg.y_grid(ace, left, right)
-    parts += [svg.text(left, 214, "Work of each region [MACs]: teacher grey, student in colour", css="strong")]
-    parts += [svg.text(left - 8, macs.at(t) + 4, formats.scaled(t), anchor="end") for t in macs.ticks()]
-    parts += [svg.line(left, macs.at(t), right, macs.at(t), "grid") for t in macs.ticks()]
-    parts += _map_columns(columns, ace, macs, left, step)
-    parts += _map_spans(spans, macs, left, step)
-    every = max(1, len(columns) // 16)
-    parts += [svg.text(left + (i + 0.5) * step, 362, str(i), anchor="middle") for i in range(0, len(columns), every)]
-    parts.append(
-        svg.text(left, 382, "Position on the chain, from the input (left) to the answer (right); names in the table")
-    )
-    return svg.document(caption, 868, 390, parts)
-
-
-def _node_bands(nodes: Sequence[tuple[int, int]], left: float, step: float) -> list[Markup]:
-    parts = []
-    for number, (first, last) in enumerate(nodes, start=1):
-        x, width = left + first * step, (last - first + 1) * step
-        parts.append(svg.rect(x, 0, width, 346, "band" if number % 2 else "band other"))
-        if width >= 16:  # narrower bands have no room for a number
-            parts.append(svg.text(x + width / 2, 16, str(number), anchor="middle", css="node"))
-    return [*parts, svg.text(left - 8, 16, "Node", anchor="end")]
-
-
-def _map_columns(columns: Sequence[MapColumn], ace: Axis, macs: Axis, left: float, step: float) -> list[Markup]:
-    parts = []
-    for i, column in enumerate(columns):
-        x, width = left + (i + 0.14) * step, 0.72 * step
-        parts.append(svg.rect(x, macs.at(column.macs), width, macs.start - macs.at(column.macs), "base"))
-        if column.ace is None or not math.isfinite(column.ace):
-            continue
-        y = ace.at(column.ace)
-        parts.append(svg.rect(x, y, width, ace.start - y, "pale"))
-        parts.append(svg.whisker(x + width / 2, ace.at(column.ace - column.error), ace.at(column.ace + column.error)))
-    return parts
-
-
-def _map_spans(spans: Sequence[MapSpan], macs: Axis, left: float, step: float) -> list[Markup]:
-    parts = []
-    for span in spans:
-        count = span.last - span.first + 1
-        x, width, y = left + (span.first + 0.14) * step, (count - 0.28) * step, macs.at(span.macs / count)
-        parts.append(svg.rect(x, y, width, macs.start - y, "mark"))
-        if count > 1:
-            parts.append(svg.rect(x, macs.start + 7, width, 4, "merge"))
-    return parts
 
 
 def heat_map(caption: Caption, matrix: Sequence[Sequence[float]], nodes: Sequence[tuple[int, int]]) -> Markup:
@@ -299,7 +212,7 @@ def _draw(series: Series, x: Axis, y: Axis) -> list[Markup]:
     if series.line and len(spots) > 1:
         parts.append(Markup(f'<path d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in spots)}" class="curve {css}"/>'))
     radius = (5 if series.strong else 3.5) if not series.line else (3 if len(spots) <= 40 else 0)
-    parts += [Markup(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" class="dot {css}"/>') for a, b in spots if radius]
+    parts += [svg.dot(a, b, radius, strong=series.strong) for a, b in spots if radius]
     if series.name and spots:
         a, b = spots[-1]
         anchor = "end" if a > 500 else "start"

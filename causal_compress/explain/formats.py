@@ -39,13 +39,23 @@ def fixed(value: float | None, places: int = 2) -> str:
     """A number with so many decimal places."""
     if value is None or not math.isfinite(value):
         return MISSING
-    return f"{value + 0.0:,.{places}f}".replace("-", "−")
+    return f"{round(value, places) + 0.0:,.{places}f}".replace("-", "−")  # no minus zero
 
 
 def signed(value: float, places: int = 2) -> str:
     """A difference with its sign: +0.19 or −1.19."""
     text = fixed(value, places)
     return f"+{text}" if value > 0 and float(text.replace(",", "")) else text
+
+
+def p_value(value: float) -> str:
+    """A p-value: how probable such a difference is by chance alone."""
+    return "below 0.001" if value < 0.001 else fixed(value, 3)
+
+
+def count(value: int, singular: str, plural: str | None = None) -> str:
+    """A number with its noun: 1 class, 2 classes."""
+    return f"{value:,} {singular if value == 1 else plural or singular + 's'}"
 
 
 def scaled(value: float | None, unit: str = "") -> str:
@@ -99,3 +109,8 @@ def seconds(value: float | None) -> str:
 def interval(low: float, high: float, places: int = 2) -> str:
     """A 95 % interval in words: 0.61 to 1.02."""
     return f"{fixed(low, places)} to {fixed(high, places)}"
+
+
+def opposite(low: float, high: float, places: int = 2) -> str:
+    """The interval of a drop as that of a change: 0.61 to 1.02 becomes −1.02 to −0.61."""
+    return interval(-high, -low, places)

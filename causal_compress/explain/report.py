@@ -16,10 +16,13 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from causal_compress.errors import RunFolderError
-from causal_compress.explain import drawings, formats
+from causal_compress.explain import audit_drawings, drawings, formats
+from causal_compress.explain.findings import findings
+from causal_compress.explain.headline import Amounts, Headline, headline
 from causal_compress.recipe import Recipe
 from causal_compress.results import (
     Accuracy,
+    Audit,
     Candidates,
     Change,
     Decision,
@@ -27,20 +30,23 @@ from causal_compress.results import (
     Effects,
     Exported,
     Groups,
+    LatencyTable,
     Log,
+    Pareto,
     Plan,
     Provenance,
+    Quantized,
     Scorecard,
-    ScoreRow,
     Skip,
     TeacherScore,
 )
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: search, latency, quantization and audit may be there; 1, without them, is still read."""
 _config = ConfigDict(extra="forbid", ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
 
 # Together they keep the page below 5 MB whatever a network or a recipe brings; what is left out is said on the page.
-_IMAGE_BYTES = 2_000_000
+_IMAGE_BYTES = 2_700_000
 _ROWS = 150
 _MATRIX = 48
 _FRONT = 24
@@ -61,7 +67,9 @@ class Disagreement:
 
 @dataclass(frozen=True, kw_only=True, config=_config)
 class ReportInput:
-    """All that the report tells; `disagreed` is how many validation inputs they part on, and of how many."""
+    """All that the report tells; `disagreed` is how many validation inputs they part on, and of how many.
+    What is None was not asked for: `pareto` without a search, `latency` where the plan's cost was not time.
+    """
 
     recipe: Recipe
     provenance: Provenance
@@ -77,17 +85,24 @@ class ReportInput:
     scorecard: Scorecard | None
     disagreements: tuple[Disagreement, ...] = ()
     disagreed: tuple[int, int] | None = None
+    pareto: Pareto | None = None
+    latency: LatencyTable | None = None
+    quantized: Quantized | None = None
+    audit: Audit | None = None
 
 
 @plain_dataclass(frozen=True)
-class Headline:
-    """One headline figure: before, after, what that means, and how sure it is."""
+class Example:
+    """One input on which teacher and student part, as the page shows it; probabilities are of each one's own answer."""
 
-    name: str
-    before: str
-    after: str
-    change: str
-    sure: str
+    index: int
+    true_class: str
+    teacher_class: str
+    student_class: str
+    png_base64: str
+    row: str
+    teacher_probability: float | None = None
+    student_probability: float | None = None
 
 
 @plain_dataclass(frozen=True)
@@ -114,10 +129,16 @@ def build_report(context: ReportInput) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("number", "fixed", "scaled", "size", "ms", "pct", "share", "times", "seconds")
+    names = ("number", "fixed", "signed", "p_value", "scaled", "size", "ms", "pct", "share", "times", "seconds")
     environment.filters.update({name: getattr(formats, name) for name in names})
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-    environment.globals.update(interval=formats.interval, missing=formats.MISSING, row_limit=_ROWS)
+    environment.globals.update(
+        interval=formats.interval,
+        opposite=formats.opposite,
+        count=formats.count,
+        setting_name=drawings.setting_name,
+        missing=formats.MISSING,
+        row_limit=_ROWS,
+    )
     return environment.get_template("report.html.j2").render(**_view(context))
 
 
@@ -130,15 +151,15 @@ def report_json(context: ReportInput) -> str:
     Returns:
         JSON text with `schema`, `verdict`, `headline` and one key per field of `ReportInput`; images as base64.
     """
-    headline = [{"name": h.name, "before": h.before, "after": h.after, "change": h.change} for h in _headline(context)]
+    lines = [{"name": h.name, "before": h.before, "after": h.after, "change": h.change} for h in _headline(context)]
     verdict = context.scorecard.verdict if context.scorecard else None
     results = _strict(TypeAdapter(ReportInput).dump_python(context, mode="json"))
-    report = {"schema": SCHEMA, "verdict": verdict, "headline": headline, **results}
+    report = {"schema": SCHEMA, "verdict": verdict, "headline": lines, **results}
     return json.dumps(report, ensure_ascii=False, allow_nan=False)
 
 
 def read_report_json(text: str) -> ReportInput:
-    """The results back from `report_json`.
+    """The results back from `report_json`, of this schema or an older one.
 
     Raises:
         RunFolderError: the text is not what `report_json` wrote.
@@ -146,13 +167,24 @@ def read_report_json(text: str) -> ReportInput:
     try:
         found = json.loads(text)
         kept = {key: value for key, value in found.items() if key not in ("schema", "verdict", "headline")}
+        if found.get("schema") == 1:
+            _upgrade(kept)
+        elif found.get("schema") != SCHEMA:
+            raise ValueError(f"schema {found.get('schema')!r}, this version reads 1 to {SCHEMA}")
         return TypeAdapter(ReportInput).validate_json(json.dumps(kept))
-    except (ValueError, AttributeError) as error:  # no JSON, no mapping, or other fields
+    except (ValueError, AttributeError, TypeError) as error:  # no JSON, no mapping, or other fields
         raise RunFolderError(
             "report.json is damaged, or another version wrote it",
             found=str(error).splitlines()[0],
             remedy="run the compress command on this folder again: it writes report.json anew from the finished stages",
         ) from error
+
+
+def _upgrade(results: dict[str, Any]) -> None:
+    """What early runs under schema 1 wrote and later ones did not, or the other way round."""
+    results.get("groups", {}).pop("random_init_cka_mean", None)
+    if results.get("distilled"):
+        results["distilled"].setdefault("compiled", False)
 
 
 def _strict(value: Any) -> Any:
@@ -169,11 +201,12 @@ def _strict(value: Any) -> Any:
 
 
 def _view(context: ReportInput) -> dict[str, Any]:
-    shown, left_out = _affordable(context.disagreements)
+    shown, left_out = _affordable(_examples(context))
     ranges = drawings.node_ranges(context.groups.chosen)
+    named = context.recipe.report.title or (context.recipe.model.arch or "").rpartition("/")[2]
     return {
         "c": context,
-        "title": context.recipe.report.title or context.recipe.model.arch or "Compressed network",
+        "title": named or "Compressed network",
         "headline": _headline(context),
         "settings": drawings.settings(context.scorecard),
         "figures": _figures(context, ranges),
@@ -187,79 +220,20 @@ def _view(context: ReportInput) -> dict[str, Any]:
         "refused_limit": _REFUSED,
         "skips": _skips(context),
         "journey": _journey(context),
+        "findings": findings(context.audit) if context.audit else (),
         "shown": shown,
         "left_out": left_out,
     }
 
 
-def _headline_rows(scorecard: Scorecard | None) -> tuple[ScoreRow, ScoreRow] | None:
-    """Teacher and student where they will be used: a deployment runtime rather than torch, one input at a time."""
-    rows = sorted(
-        scorecard.rows if scorecard else (),
-        key=lambda r: (r.runtime == "torch", r.batch, r.threads, r.latency_ms_p50),
-    )
-    for student in (r for r in rows if r.model == "student"):
-        place = (student.runtime, student.batch, student.threads)
-        for teacher in rows:
-            if teacher.model == "teacher" and place == (teacher.runtime, teacher.batch, teacher.threads):
-                return teacher, student
-    return None
-
-
 def _headline(context: ReportInput) -> tuple[Headline, ...]:
-    teacher, pair = context.teacher, _headline_rows(context.scorecard)
-    macs, params, counted = context.pruned.macs, context.pruned.params, "exact count"
-    lines = [_validation_line(context)]
-    size_before, size_after = float(teacher.size_bytes), float(context.exported.size_bytes)
-    if pair:
-        before, after = pair
-        macs, params, size_before, size_after = after.macs, after.params, before.size_bytes, after.size_bytes
-        lines = [_accuracy_line(before, after)]
-    lines += [
-        _ratio_line("Work per input (MACs)", teacher.macs, macs, "", counted),
-        _ratio_line("Parameters", teacher.params, params, "", counted),
-        _ratio_line("File size", size_before, size_after, "B", "exact size"),
-    ]
-    return (*lines, _latency_line(*pair)) if pair else tuple(lines)
-
-
-def _validation_line(context: ReportInput) -> Headline:
-    before, after = context.teacher.accuracy, _journey(context)[-1][1]
-    change = f"{formats.signed(after.pct - before.pct)} points"
-    low, high = formats.fixed(after.low_pct), formats.fixed(after.high_pct)
-    return Headline(
-        name="Accuracy (validation)",
-        before=formats.pct(before.pct),
-        after=formats.pct(after.pct),
-        change=change,
-        sure=f"student 95 % interval {low} to {high} %, n = {after.n:,}",
+    teacher, pruned = context.teacher, context.pruned
+    amounts = Amounts(
+        (teacher.macs, pruned.macs),
+        (teacher.params, pruned.params),
+        (teacher.size_bytes, context.exported.size_bytes),
     )
-
-
-def _accuracy_line(before: ScoreRow, after: ScoreRow) -> Headline:
-    low, high = sorted(-v for v in after.drop_ci_pp)
-    return Headline(
-        name="Accuracy",
-        before=formats.pct(before.accuracy_pct),
-        after=formats.pct(after.accuracy_pct),
-        change=f"{formats.signed(-after.drop_pp)} points",
-        sure=f"95 % interval {formats.interval(low, high)}, n = {after.n:,}",
-    )
-
-
-def _ratio_line(name: str, before: float, after: float, unit: str, sure: str) -> Headline:
-    change = f"{formats.times(after / before)} of the teacher" if before else formats.MISSING
-    return Headline(name, formats.scaled(before, unit), formats.scaled(after, unit), change, sure)
-
-
-def _latency_line(before: ScoreRow, after: ScoreRow) -> Headline:
-    return Headline(
-        name=f"Latency ({drawings.setting_name(after.runtime, after.batch, after.threads)})",
-        before=formats.ms(before.latency_ms_p50),
-        after=formats.ms(after.latency_ms_p50),
-        change=f"{formats.times(after.speedup)} as fast",
-        sure=f"95 % interval {formats.interval(*after.speedup_ci)}",
-    )
+    return headline(context.scorecard, (teacher.accuracy, _journey(context)[-1][1]), amounts)
 
 
 def _thin(front: Sequence[Any]) -> tuple[Any, ...]:
@@ -316,10 +290,39 @@ def _journey(context: ReportInput) -> tuple[tuple[str, Accuracy], ...]:
     return tuple(steps)
 
 
-def _affordable(examples: Sequence[Disagreement]) -> tuple[tuple[Disagreement, ...], int]:
+def _examples(context: ReportInput) -> tuple[Example, ...]:
+    """The audit's gallery, whose inputs part the most; without an audit, validation inputs on which they part."""
+    if context.audit and context.audit.gallery:
+        return tuple(
+            Example(
+                x.index,
+                x.true_class,
+                x.teacher_class,
+                x.student_class,
+                x.picture_png_base64 or "",
+                x.row or "",
+                x.teacher_probability,
+                x.student_probability,
+            )
+            for x in context.audit.gallery
+        )
+    return tuple(
+        Example(
+            x.index,
+            x.true_class,
+            x.teacher_class,
+            x.student_class,
+            base64.b64encode(x.image_png or b"").decode("ascii"),
+            x.row or "",
+        )
+        for x in context.disagreements
+    )
+
+
+def _affordable(examples: Sequence[Example]) -> tuple[tuple[Example, ...], int]:
     shown, spent = [], 0
     for example in examples:
-        cost = len(example.image_png or b"") + len(example.row or "")
+        cost = len(example.png_base64) + len(example.row)
         if spent + cost <= _IMAGE_BYTES:
             shown.append(example)
             spent += cost
@@ -328,10 +331,17 @@ def _affordable(examples: Sequence[Disagreement]) -> tuple[tuple[Disagreement, .
 
 def _figures(context: ReportInput, ranges: drawings.Ranges) -> dict[str, Markup | None]:
     """Every figure by name; None where there is nothing to draw."""
-    scorecard, effects, plan, groups = context.scorecard, context.effects, context.plan, context.groups
+    scorecard, effects, plan, groups, audit = (
+        context.scorecard,
+        context.effects,
+        context.plan,
+        context.groups,
+        context.audit,
+    )
     epochs = context.distilled.epochs if context.distilled else ()
     return {
         "latency": drawings.latency(scorecard) if scorecard and scorecard.rows else None,
+        "merged": drawings.before_and_after(effects, plan, ranges) if plan.decisions else None,
         "map": drawings.causal_map(effects, plan, ranges) if effects.chain.regions else None,
         "features": drawings.input_features(effects) if drawings.top_features(effects) else None,
         "cka": drawings.similarity(effects, ranges) if effects.cka else None,
@@ -340,4 +350,20 @@ def _figures(context: ReportInput, ranges: drawings.Ranges) -> dict[str, Markup 
         "harm": drawings.harm(_harm_pairs(_ledger(context))),
         "accuracy": drawings.curve("accuracy", epochs),
         "loss": drawings.curve("loss", epochs),
+        "search": audit_drawings.pareto(context.pareto) if context.pareto and context.pareto.points else None,
+        **_audit_figures(audit),
+    }
+
+
+def _audit_figures(audit: Audit | None) -> dict[str, Markup | None]:
+    if audit is None:
+        return dict.fromkeys(("drift", "classes", "groups", "corruptions"))
+    drift, groups = audit.causal_map, audit.groups
+    return {
+        "drift": audit_drawings.map_drift(drift) if drift else None,
+        "classes": audit_drawings.group_changes("fig-classes", "Change of accuracy in each class", audit.per_class),
+        "groups": audit_drawings.group_changes("fig-groups", "Change of accuracy in each group", groups.rows)
+        if groups
+        else None,
+        "corruptions": audit_drawings.corruptions(audit.corruptions),
     }

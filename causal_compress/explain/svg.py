@@ -106,9 +106,29 @@ def rect(x: float, y: float, width: float, height: float, css: str) -> Markup:
     return Markup(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="{css}"/>')
 
 
+def shade(x: float, y: float, width: float, height: float, fullness: float) -> Markup:
+    """A rectangle in the accent colour, from empty (0) to full (1)."""
+    return Markup(
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="cell" '
+        f'fill-opacity="{fullness:.2f}"/>'
+    )
+
+
+def dot(x: float, y: float, radius: float, *, strong: bool = False) -> Markup:
+    """A filled dot, in the accent colour where it is strong."""
+    css = "dot strong" if strong else "dot"
+    return Markup(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{css}"/>')
+
+
+def ring(x: float, y: float, radius: float) -> Markup:
+    """An empty dot, so that two kinds of points differ by more than their colour."""
+    return Markup(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="ring"/>')
+
+
 def whisker(x: float, low: float, high: float) -> Markup:
     """A vertical error bar from pixel low to pixel high."""
-    return line(x, low, x, high, "whisker") + line(x - 2, high, x + 2, high, "whisker")
+    caps = line(x - 2, low, x + 2, low, "whisker") + line(x - 2, high, x + 2, high, "whisker")
+    return line(x, low, x, high, "whisker") + caps
 
 
 def y_grid(axis: Axis, left: float, right: float) -> list[Markup]:
@@ -118,6 +138,11 @@ def y_grid(axis: Axis, left: float, right: float) -> list[Markup]:
         y = axis.at(tick)
         parts += [line(left, y, right, y, "grid"), text(left - 8, y + 4, formats.tick(tick), anchor="end")]
     return parts
+
+
+def y_lines(axis: Axis, left: float, right: float) -> list[Markup]:
+    """Grid lines of a vertical axis whose numbers stand elsewhere."""
+    return [line(left, axis.at(tick), right, axis.at(tick), "grid") for tick in axis.ticks()]
 
 
 def x_ticks(axis: Axis, y: float) -> list[Markup]:

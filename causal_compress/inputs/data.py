@@ -153,10 +153,11 @@ def load_data(section: DataSection, *, seed: int) -> Data:
     kind: Literal["image", "table"] = "table" if isinstance(source.pool, pd.DataFrame) else "image"
     pool, test, encoding = _rows(source, section, parts)
     shown_labels = source.labels if source.test_labels is None else source.test_labels
-    train, calibration, validation = (
-        Split(torch.from_numpy(source.labels[where]), pool, where)
-        for where in (parts.train, parts.calibration, parts.validation)
+    train, calibration = (
+        Split(torch.from_numpy(source.labels[where]), pool, where) for where in (parts.train, parts.calibration)
     )
+    held = (shown_labels, test) if section.validation_from == "test" else (source.labels, pool)
+    validation = Split(torch.from_numpy(held[0][parts.validation]), held[1], parts.validation)
     example, _ = train.take([0, 1])
     log.info("data: %d train, %d calibration, %d validation, %d test", *map(len, vars(parts).values()))
     return Data(
@@ -206,6 +207,9 @@ def _split(source: Source, section: DataSection, seed: int) -> _Parts:
         test = np.arange(len(source.test_labels))
         if section.max_test is not None and section.max_test < len(test):
             test = _stratified_order(source.test_labels, rng)[: section.max_test]
+    from_test = _validation_of_test(source, section, rng) if section.validation_from == "test" else None
+    if from_test is not None:
+        test = np.setdiff1d(test, from_test)
     if len(test) == 0 or len(pool) < _MIN_POOL:
         raise DataError(
             f"{section.source} is too small to be split",
@@ -213,10 +217,23 @@ def _split(source: Source, section: DataSection, seed: int) -> _Parts:
             wanted=f"at least {_MIN_POOL} and 1",
             remedy="give more data, or lower data.test_share.",
         )
-    calibration, validation = _held_out_sizes(section.calibration, section.validation, len(pool))
+    wanted = 0 if from_test is not None else section.validation
+    calibration, validation = _held_out_sizes(section.calibration, wanted, len(pool))
     ends = np.cumsum([calibration, validation])
     chosen = [np.ascontiguousarray(part) for part in np.split(pool, ends)]
-    return _Parts(chosen[2][: section.max_train], chosen[0], chosen[1], test)
+    return _Parts(chosen[2][: section.max_train], chosen[0], chosen[1] if from_test is None else from_test, test)
+
+
+def _validation_of_test(source: Source, section: DataSection, rng: np.random.Generator) -> Positions:
+    """Rows of the source's own test split that serve as validation, at most half of it."""
+    if source.test_labels is None:
+        raise DataError(
+            "data.validation_from: test needs a source with a test split of its own",
+            found=f"{section.source} has none",
+            remedy="leave validation_from at train: validation is then held out of the same rows as everything else",
+        )
+    order = _stratified_order(source.test_labels, rng)
+    return np.sort(order[: min(section.validation, len(order) // 2)])
 
 
 def _held_out_sizes(calibration: int, validation: int, pool: int) -> tuple[int, int]:
@@ -296,5 +313,6 @@ def _fingerprint(source: Source, section: DataSection, parts: _Parts, pool: Rows
         digest.update(positions.astype(np.int64).tobytes())
     digest.update("\0".join(source.classes).encode())
     # the contents count, not where they lie
-    digest.update(section.model_dump_json(exclude={"source", "test_source"}).encode())
+    unsaid = {"source", "test_source"} | ({"validation_from"} if section.validation_from == "train" else set())
+    digest.update(section.model_dump_json(exclude=unsaid).encode())
     return digest.hexdigest()

@@ -67,6 +67,22 @@ class Candidates:
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
+class LatencyTable:
+    """What each candidate takes on one runtime [ms, median], at full input and output width; in the candidates' order.
+
+    `teacher_ms` is the sum over the teacher's own regions, `parts` how many different parts were timed.
+    """
+
+    runtime: str
+    batch: int
+    threads: int
+    ms: tuple[float, ...]
+    teacher_ms: float
+    parts: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
 class Decision:
     """One decision of the plan: a candidate that is carried out, its evidence, and what was refused for it."""
 
@@ -94,11 +110,13 @@ class FrontPoint:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Plan:
-    """What will be done, decided before anything is touched."""
+    """What will be done, decided before anything is touched; MACs, parameters, latency: shares of the teacher's."""
 
     decisions: tuple[Decision, ...]
     macs: float
     params: float
+    latency: float | None = None
+    latency_measured: float | None = None
     predicted_harm_kl: float
     front: tuple[FrontPoint, ...]
     skipped: tuple[Skip, ...]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.targets import before_and_after
 from causal_compress.understand.trace import Network
 
@@ -79,6 +80,17 @@ def open_front(network: Network, fit: Sequence[Tensor], heldout: Sequence[Tensor
     return Front(network, list(fit), list(fit), list(heldout), reference, temperature)
 
 
+def fresh_front(network: Network, probe: Probe, inputs: int, temperature: float) -> Front:
+    """A front at the input, on so many of the probe's surgery inputs (whole chunks of them)."""
+    return open_front(network, probe.surgery[: -(-inputs // len(probe.surgery[0]))], probe.heldout, temperature)
+
+
+def kl_rows(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of each input [nats]; `reference` holds the teacher's log-probabilities."""
+    student = F.log_softmax(logits / temperature, 1)
+    return F.kl_div(student, reference, log_target=True, reduction="none").sum(1)
+
+
 def output_kl(logits: Sequence[Tensor], reference: Sequence[Tensor], temperature: float) -> float:
     """Mean KL(teacher || student) of softmax outputs [nats].
 
@@ -87,8 +99,5 @@ def output_kl(logits: Sequence[Tensor], reference: Sequence[Tensor], temperature
         reference: The teacher's log-probabilities at `temperature`.
         temperature: Of the softmax.
     """
-    rows = [
-        F.kl_div(F.log_softmax(y / temperature, 1), wanted, log_target=True, reduction="none").sum(1)
-        for y, wanted in zip(logits, reference, strict=True)
-    ]
+    rows = [kl_rows(y, wanted, temperature) for y, wanted in zip(logits, reference, strict=True)]
     return float(torch.cat(rows).double().mean())

@@ -1,12 +1,14 @@
 """Decides what is done; touches no network. Dynamic programming over the chain gives the best plan for every budget.
 
 A state is a cut point and the share of its channels that stays. A candidate leads from one state to another; its harm
-is what was measured for it alone, and the harm of a plan is predicted as their sum.
+is what was measured for it alone, and the harm of a plan is predicted as their sum. What a plan costs is exchangeable:
+MACs, parameters, or latency measured on a runtime, each as a share of the teacher's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,29 +17,56 @@ from numpy.typing import NDArray
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, PlanSection
-from causal_compress.results import Candidate, Candidates, Decision, Effects, Evidence, FrontPoint, Groups, Plan, Skip
+from causal_compress.results import (
+    Candidate,
+    Candidates,
+    Decision,
+    Effects,
+    Evidence,
+    FrontPoint,
+    Groups,
+    LatencyTable,
+    Plan,
+    Skip,
+)
+from causal_compress.shrink.undo import leaves_whole, whole_regions
 from causal_compress.understand.group import same_node_share
 
 MOST_POINTS = 800
 DEFAULT_MACS = 0.5
-_TRADES = (1.0, 0.75, 0.5, 0.25, 0.0)
+_TRADE_STEPS = 4
 _FRONT_POINTS = 60
 
+Kind = Literal["macs", "params", "latency"]
+KINDS: tuple[Kind, ...] = ("macs", "params", "latency")
 State = tuple[int, float]
+Costs = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What each candidate costs, as shares of the teacher: rows x KINDS; `out` scales with the output width kept."""
+
+    fixed: Costs
+    out: Costs
 
 
 @dataclass(frozen=True)
 class _Points:
     """Partial plans that end in one state, sorted by cost; `back` is (state index, point index, candidate index)."""
 
-    macs: NDArray[np.float64]
-    params: NDArray[np.float64]
+    costs: Costs
     harm: NDArray[np.float64]
     back: NDArray[np.int64]
 
 
 def make_plan(
-    candidates: Candidates, effects: Effects, groups: Groups, budget: BudgetSection, section: PlanSection
+    candidates: Candidates,
+    effects: Effects,
+    groups: Groups,
+    budget: BudgetSection,
+    section: PlanSection,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Choose the candidates that meet the budget with the least predicted harm.
 
@@ -45,84 +74,148 @@ def make_plan(
         candidates: Everything that was measured.
         effects: ACE and CKA, as evidence.
         groups: The chosen causal nodes, as evidence.
-        budget: Largest shares of MACs and parameters; with neither, half the MACs are planned for.
+        budget: Largest shares of MACs, parameters and latency; with none, half the MACs are planned for.
         section: Whether depth and width may be used.
+        latency: What each candidate takes on the runtime of `budget.latency_ms`; needed with that budget.
 
     Raises:
         BudgetError: no combination of candidates is small enough; says what is possible.
+
+    Limits: exact with one kind of cost in the budget; with several, partial plans are compared by a few fixed mixtures
+        of them, and the best plan may be missed by a little.
     """
-    candidates = allowed(candidates, section)
-    macs = budget.macs if budget.macs or budget.params else DEFAULT_MACS
-    trades = [1.0 if budget.params is None else 0.0] if macs is None or budget.params is None else list(_TRADES)
-    paths = [best_path(candidates, trade, macs or np.inf, budget.params or np.inf) for trade in trades]
+    limits = limits_of(budget)
+    prices = price(candidates, latency)
+    whole = whole_regions(section.undo, effects.chain.regions)
+    candidates, prices = allowed(candidates, prices, section, whole)
+    mixtures = _mixtures(list(limits))
+    paths = [best_path(candidates, prices, mixture, limits) for mixture in mixtures]
     met = [path for path in paths if path is not None]
     if not met:
-        raise _impossible(candidates, macs, budget.params)
-    chosen = min(met, key=lambda path: sum(c.harm_kl for c in path))
-    decisions = _decisions(chosen, candidates, effects, groups)
+        raise _impossible(candidates, prices, limits)
+    chosen = min(met, key=lambda path: sum(candidates.rows[position].harm_kl for position in path))
+    decisions = _decisions([candidates.rows[position] for position in chosen], candidates, effects, groups)
+    kept = np.array([decision.outputs_kept for decision in decisions])[:, None]
+    shares = (prices.fixed[chosen] + kept * prices.out[chosen]).sum(0)
     return Plan(
         decisions=decisions,
         macs=sum(d.macs_after for d in decisions) / candidates.macs,
         params=sum(d.params_after for d in decisions) / candidates.params,
+        latency=None if latency is None else float(shares[KINDS.index("latency")]),
         predicted_harm_kl=sum(d.predicted_harm_kl for d in decisions),
-        front=front(candidates, trades[0]),
-        skipped=candidates.skipped,
+        front=front(candidates, prices, mixtures[0]),
+        skipped=(
+            *candidates.skipped,
+            *(Skip(what=name, reason="left whole, as plan.undo asks") for name in section.undo),
+        ),
     )
 
 
-def allowed(candidates: Candidates, section: PlanSection) -> Candidates:
-    """The candidates that the recipe lets a plan use: merges only with `depth`, narrowings only with `width`."""
-    rows = tuple(
-        row
-        for row in candidates.rows
-        if (section.depth or row.first == row.last) and (section.width or (not row.widths and row.inputs_kept == 1.0))
-    )
-    return replace(candidates, rows=rows)
+def least_macs(candidates: Candidates, section: PlanSection) -> float:
+    """The smallest share of the teacher's MACs that any plan can reach."""
+    rows, prices = allowed(candidates, price(candidates), section)
+    return front(rows, prices, _mixtures(["macs"])[0])[0].macs
 
 
-def _impossible(candidates: Candidates, macs: float | None, params: float | None) -> BudgetError:
-    least = {kind: getattr(front(candidates, trade)[0], kind) for kind, trade in (("macs", 1.0), ("params", 0.0))}
-    wanted = [f"budget.{name}: {value}" for name, value in (("macs", macs), ("params", params)) if value is not None]
+def limits_of(budget: BudgetSection) -> dict[Kind, float]:
+    """The largest share of each cost; half the MACs where the budget names no cost."""
+    latency = None if budget.latency_ms is None else budget.latency_ms.keep
+    given: dict[Kind, float | None] = {"macs": budget.macs, "params": budget.params, "latency": latency}
+    limits = {kind: share for kind, share in given.items() if share is not None}
+    return limits or {"macs": DEFAULT_MACS}
+
+
+def price(candidates: Candidates, latency: LatencyTable | None = None) -> Prices:
+    """What each candidate costs, as shares of the teacher's cost.
+
+    Args:
+        candidates: Everything that was measured.
+        latency: Milliseconds of each; None: latencies are 0.
+    """
+    fixed = np.zeros((len(candidates.rows), len(KINDS)))
+    out = np.zeros_like(fixed)
+    for position, row in enumerate(candidates.rows):
+        fixed[position, :2] = row.macs_fixed / max(candidates.macs, 1), row.params_fixed / max(candidates.params, 1)
+        out[position, :2] = row.macs_out / max(candidates.macs, 1), row.params_out / max(candidates.params, 1)
+        if latency is not None:
+            # Latency was measured at full output width; what a narrower output saves is taken to follow the MACs.
+            share = latency.ms[position] / latency.teacher_ms
+            scaling = row.macs_out / max(row.macs_out + row.macs_fixed, 1e-300)
+            fixed[position, 2], out[position, 2] = share * (1 - scaling), share * scaling
+    return Prices(fixed, out)
+
+
+def _mixtures(kinds: Sequence[Kind]) -> list[Costs]:
+    """Weights of the costs by which partial plans are compared; one alone gives an exact plan for a budget on it."""
+    weights = itertools.product(range(_TRADE_STEPS + 1), repeat=len(kinds))
+    mixtures = []
+    for parts in weights:
+        if sum(parts) == _TRADE_STEPS:
+            mixture = np.zeros(len(KINDS))
+            mixture[[KINDS.index(kind) for kind in kinds]] = np.array(parts) / _TRADE_STEPS
+            mixtures.append(mixture)
+    return mixtures[::-1]
+
+
+def allowed(
+    candidates: Candidates, prices: Prices, section: PlanSection, whole: frozenset[int] = frozenset()
+) -> tuple[Candidates, Prices]:
+    """The candidates that the recipe lets a plan use: merges only with `depth`, narrowings only with `width`, and
+    nothing that changes a region of `whole`.
+    """
+    chosen = [
+        position
+        for position, row in enumerate(candidates.rows)
+        if (section.depth or row.first == row.last)
+        and (section.width or (not row.widths and row.inputs_kept == 1.0))
+        and leaves_whole(row, whole)
+    ]
+    rows = tuple(candidates.rows[position] for position in chosen)
+    return replace(candidates, rows=rows), Prices(prices.fixed[chosen], prices.out[chosen])
+
+
+def _impossible(candidates: Candidates, prices: Prices, limits: Mapping[Kind, float]) -> BudgetError:
+    words: dict[Kind, str] = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+    least = []
+    for kind in dict.fromkeys([*limits, "macs", "params"]):
+        states, points = _sweep(candidates, prices, _mixtures([kind])[0])
+        least.append(f"{points[len(states) - 1].costs[0, KINDS.index(kind)]:.3f} of the {words[kind]}")
+    keys = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
     return BudgetError(
         "no plan can meet the budget",
-        found=f"the smallest possible keeps {least['macs']:.3f} of the MACs; of the parameters, {least['params']:.3f}",
-        wanted=", ".join(wanted),
+        found=f"the smallest possible plans keep {', '.join(least)}",
+        wanted=", ".join(f"{keys[kind]}: {limit:g}" for kind, limit in limits.items()),
         remedy="raise the budget, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, "
         "lower plan.align, or check plan.include and plan.exclude",
     )
 
 
-def best_path(candidates: Candidates, trade: float, macs: float, params: float) -> list[Candidate] | None:
-    """The plan of least predicted harm within shares of MACs and parameters, or None.
+def best_path(candidates: Candidates, prices: Prices, mixture: Costs, limits: Mapping[Kind, float]) -> list[int] | None:
+    """The plan of least predicted harm within shares of costs, as positions of candidates, or None.
 
     Args:
         candidates: Everything that was measured.
-        trade: Weight of MACs in the cost by which partial plans are compared; the rest is parameters.
-        macs: Largest share of MACs.
-        params: Largest share of parameters.
+        prices: What each costs.
+        mixture: Weights of the costs by which partial plans are compared.
+        limits: Largest shares.
     """
-    states, points = _sweep(candidates, trade)
+    states, points = _sweep(candidates, prices, mixture)
     final = points[len(states) - 1]
-    fits = (final.macs <= macs * candidates.macs * (1 + 1e-9)) & (
-        final.params <= params * candidates.params * (1 + 1e-9)
-    )
+    largest = np.array([limits.get(kind, np.inf) for kind in KINDS])
+    fits = (final.costs <= largest * (1 + 1e-9)).all(1)
     if not fits.any():
         return None
     index = int(np.flatnonzero(fits)[np.argmin(final.harm[fits])])
-    return _walk_back(candidates, states, points, index)
+    return _walk_back(states, points, index)
 
 
-def front(candidates: Candidates, trade: float = 1.0) -> tuple[FrontPoint, ...]:
+def front(candidates: Candidates, prices: Prices, mixture: Costs) -> tuple[FrontPoint, ...]:
     """The predicted Pareto front, from the smallest plan to the teacher itself."""
-    states, points = _sweep(candidates, trade)
+    states, points = _sweep(candidates, prices, mixture)
     final = points[len(states) - 1]
     chosen = np.unique(np.linspace(0, len(final.harm) - 1, _FRONT_POINTS).astype(int))
     return tuple(
-        FrontPoint(
-            macs=float(final.macs[i] / candidates.macs),
-            params=float(final.params[i] / candidates.params),
-            harm_kl=float(final.harm[i]),
-        )
+        FrontPoint(macs=float(final.costs[i, 0]), params=float(final.costs[i, 1]), harm_kl=float(final.harm[i]))
         for i in chosen
     )
 
@@ -136,12 +229,12 @@ def _states(candidates: Candidates) -> list[State]:
     return [*states, (candidates.regions - 1, 1.0)]
 
 
-def _sweep(candidates: Candidates, trade: float) -> tuple[list[State], dict[int, _Points]]:
+def _sweep(candidates: Candidates, prices: Prices, mixture: Costs) -> tuple[list[State], dict[int, _Points]]:
     """All undominated partial plans of every state, front to back."""
     states = _states(candidates)
     number = {state: index for index, state in enumerate(states)}
-    start = np.zeros(1)
-    arriving: dict[int, list[_Points]] = {0: [_Points(start, start, start, np.full((1, 3), -1))]}
+    start = _Points(np.zeros((1, len(KINDS))), np.zeros(1), np.full((1, 3), -1))
+    arriving: dict[int, list[_Points]] = {0: [start]}
     points: dict[int, _Points] = {}
     shares_of: dict[int, list[float]] = {}
     for cut, share in states:
@@ -152,34 +245,28 @@ def _sweep(candidates: Candidates, trade: float) -> tuple[list[State], dict[int,
     for index, (cut, share) in enumerate(states):
         if index not in arriving:
             continue
-        points[index] = _undominated(arriving.pop(index), trade, candidates)
+        points[index] = _undominated(arriving.pop(index), mixture)
         for position in by_first.get(cut + 1, ()):
             candidate = candidates.rows[position]
             if abs(candidate.inputs_kept - share) > 1e-9:
                 continue
             for out in shares_of[candidate.last]:
-                step = _step(points[index], candidate, out, index, position)
+                cost = prices.fixed[position] + out * prices.out[position]
+                step = _step(points[index], cost, candidate.harm_kl, (index, position))
                 arriving.setdefault(number[candidate.last, out], []).append(step)
     return states, points
 
 
-def _step(points: _Points, candidate: Candidate, out: float, state: int, position: int) -> _Points:
+def _step(points: _Points, cost: Costs, harm: float, origin: tuple[int, int]) -> _Points:
     size = len(points.harm)
-    return _Points(
-        points.macs + candidate.macs_fixed + out * candidate.macs_out,
-        points.params + candidate.params_fixed + out * candidate.params_out,
-        points.harm + candidate.harm_kl,
-        np.stack([np.full(size, state), np.arange(size), np.full(size, position)], 1),
-    )
+    back = np.stack([np.full(size, origin[0]), np.arange(size), np.full(size, origin[1])], 1)
+    return _Points(points.costs + cost, points.harm + harm, back)
 
 
-def _undominated(parts: Sequence[_Points], trade: float, candidates: Candidates) -> _Points:
+def _undominated(parts: Sequence[_Points], mixture: Costs) -> _Points:
     """Points that no other beats in cost and harm; of many nearly equal costs only the best stays."""
-    macs, params, harm = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("macs", "params", "harm")
-    )
-    back = np.concatenate([part.back for part in parts])
-    cost = trade * macs / max(candidates.macs, 1) + (1 - trade) * params / max(candidates.params, 1)
+    costs, harm, back = (np.concatenate([getattr(part, name) for part in parts]) for name in ("costs", "harm", "back"))
+    cost = costs @ mixture
     order = np.lexsort((harm, cost))
     best = np.minimum.accumulate(harm[order])
     better = np.r_[True, best[1:] < best[:-1]]
@@ -188,17 +275,15 @@ def _undominated(parts: Sequence[_Points], trade: float, candidates: Candidates)
         edges = np.linspace(cost[order[0]], cost[order[-1]], MOST_POINTS)
         bins = np.searchsorted(edges, cost[order])
         order = order[np.r_[bins[1:] != bins[:-1], True]]
-    return _Points(macs[order], params[order], harm[order], back[order])
+    return _Points(costs[order], harm[order], back[order])
 
 
-def _walk_back(
-    candidates: Candidates, states: Sequence[State], points: dict[int, _Points], index: int
-) -> list[Candidate]:
-    path: list[Candidate] = []
+def _walk_back(states: Sequence[State], points: dict[int, _Points], index: int) -> list[int]:
+    path: list[int] = []
     state = len(states) - 1
     while state != 0:
         state, index, position = (int(value) for value in points[state].back[index])
-        path.insert(0, candidates.rows[position])
+        path.insert(0, position)
     return path
 
 

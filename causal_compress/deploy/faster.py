@@ -1,0 +1,106 @@
+"""Which precision a runtime should run: INT8 where it is measurably faster and accurate enough, FP32 otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causal_compress.deploy.benchmark import Pair, time_interleaved
+from causal_compress.deploy.runtimes import OnnxRuntime
+from causal_compress.recipe import QuantizeSection
+from causal_compress.results import QuantizedFile
+from causal_compress.understand.statistics import ratio_of_medians
+
+Times = tuple[NDArray[np.float64], NDArray[np.float64]]
+Timer = Callable[[Path, Path, NDArray[np.float32], QuantizeSection], Times]
+
+
+def choose(
+    speedup: float, interval: tuple[float, float], *, within_budget: bool
+) -> tuple[Literal["fp32", "int8"], str]:
+    """Whether the measured runtime should run INT8.
+
+    Args:
+        speedup: FP32's median latency over INT8's.
+        interval: Its 95 % interval.
+        within_budget: Whether the accuracy budget of quantization holds.
+
+    Returns:
+        The precision, and why in plain words.
+    """
+    low, high = interval
+    told = f"{speedup:.2f}x (95 % interval {low:.2f}x to {high:.2f}x)"
+    if not within_budget:
+        return "fp32", f"INT8 misses quantize.max_accuracy_drop on validation; its speed against FP32 is {told}"
+    if high < 1.0:
+        return "fp32", f"INT8 is slower than FP32 on this machine: {told}"
+    if low <= 1.0:
+        return (
+            "fp32",
+            f"INT8 is not measurably faster than FP32 on this machine: {told}; its file is smaller, if that counts",
+        )
+    return "int8", f"INT8 is faster than FP32 on this machine: {told}"
+
+
+def time_files(fp32: Path, int8: Path, x: NDArray[np.float32], section: QuantizeSection) -> Times:
+    """Latencies of two ONNX files on ONNX Runtime, one thread, interleaved.
+
+    Args:
+        fp32: One file.
+        int8: The other.
+        x: The batch.
+        section: Repeats and time limit.
+
+    Returns:
+        Milliseconds per round of each.
+    """
+    pair = Pair(
+        runtime="onnxruntime", threads=1, teacher=OnnxRuntime.load(fp32, threads=1), student=OnnxRuntime.load(int8)
+    )
+    return time_interleaved(pair, x, repeats=section.repeats, seconds=section.seconds)
+
+
+def time_and_choose(
+    files: Sequence[QuantizedFile],
+    onnx_path: Path,
+    folder: Path,
+    inputs: NDArray[np.float32],
+    section: QuantizeSection,
+    timer: Timer,
+) -> dict[str, Any]:
+    """Time the INT8 file for CPUs against FP32, and choose.
+
+    Args:
+        files: INT8 files.
+        onnx_path: The FP32 file.
+        folder: Where the INT8 files lie.
+        inputs: Real inputs for the batch, repeated where they are too few.
+        section: Batch, repeats and time limit.
+        timer: What measures.
+
+    Returns:
+        The fields of `Quantized` that tell of speed and choice.
+    """
+    file = next((file for file in files if file.family == "cpu"), None)
+    if file is None:
+        nothing = dict.fromkeys(("runtime", "fp32_latency_ms_p50", "int8_latency_ms_p50", "speedup", "speedup_ci"))
+        reason = "no INT8 file for CPUs was asked for, so nothing was timed; measure the TensorRT engine on its GPU"
+        return {**nothing, "rounds": 0, "chosen": "fp32", "reason": reason}
+    x = np.ascontiguousarray(inputs[np.arange(section.batch) % len(inputs)])
+    fp32, int8 = timer(onnx_path, folder / file.onnx, x, section)
+    speedup, interval = ratio_of_medians(fp32, int8)
+    chosen, reason = choose(speedup, interval, within_budget=file.within_budget)
+    return {
+        "runtime": OnnxRuntime.load(onnx_path).describe(),
+        "fp32_latency_ms_p50": float(np.median(fp32)),
+        "int8_latency_ms_p50": float(np.median(int8)),
+        "speedup": speedup,
+        "speedup_ci": interval,
+        "rounds": len(fp32),
+        "chosen": chosen,
+        "reason": reason,
+    }

@@ -1,0 +1,276 @@
+"""Several targets, interleaved, on every runtime: the table that `benchmark TARGET...` shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causal_compress.deploy.memory import peak_memory
+from causal_compress.deploy.runtimes import Runtime, open_runtime, torch_threads
+from causal_compress.deploy.targets import Entry
+from causal_compress.deploy.timing import Ratio, compare_latencies, percentiles, time_in_turn
+from causal_compress.deploy.traffic import Traffic, onnx_traffic, why_no_speed
+from causal_compress.errors import ExportError
+from causal_compress.provenance import machine, versions
+from causal_compress.recipe import BenchmarkSection
+from causal_compress.results import Skip, TargetRow, TargetTable
+from causal_compress.understand.statistics import paired_drop, wilson
+
+Array = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+_ON_GPU = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+_SAME = Ratio(1.0, 1.0, 1.0, 0)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Inputs for timing, and where there are labels or expected answers, what accuracy is measured on.
+
+    Args:
+        first: Inputs, N x ..., repeated to make up a batch.
+        batches: Goes through all labelled inputs once; None: accuracy is not measured.
+        expected: Target -> class that it answered in PyTorch, for the same inputs in the same order.
+    """
+
+    first: Array
+    batches: Callable[[], Iterator[tuple[Array, Labels]]] | None = None
+    expected: dict[str, Labels] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    hits: NDArray[np.bool_]
+    agreement_pct: float | None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    entry: Entry
+    runtime: Runtime
+    load_ms: float
+    answers: _Answers | None
+
+
+@dataclass(frozen=True)
+class _Timed:
+    loaded: _Loaded
+    batch: int
+    threads: int
+    taken_ms: NDArray[np.float64]
+    memory: int | None
+
+
+def measure_targets(
+    entries: Sequence[Entry], skipped: Sequence[Skip], section: BenchmarkSection, evidence: Evidence
+) -> TargetTable:
+    """Time all entries in turn for each number of threads and batch size, and compare them on each runtime.
+
+    Args:
+        entries: The first of each runtime is what the others on it are compared with.
+        skipped: What can't be measured here; carried into the result.
+        section: Batch sizes, threads, repeats and time limit.
+        evidence: Inputs, labels and expected answers.
+
+    Returns:
+        The table.
+
+    Raises:
+        ExportError: no entry can be run.
+        MissingPackageError: a runtime or device is absent after all.
+
+    Limits: as for any benchmark, latencies hold for this machine under its present load; all entries are loaded at
+        once, so models that need most of the memory should be measured apart.
+    """
+    runnable, refused = _try_all(entries, section, evidence)
+    rows: list[TargetRow] = []
+    described: list[str] = []
+    for threads in section.threads:
+        with ExitStack() as stack:
+            if any(one.entry.runtime.startswith("torch") for one in runnable):
+                stack.enter_context(torch_threads(threads))
+            loaded = [_load(one.entry, threads, one.answers) for one in runnable]
+            described += [one.runtime.describe() for one in loaded]
+            rows += _rows(loaded, threads, section, evidence.first)
+    return TargetTable(
+        reference=runnable[0].entry.file.target,
+        rows=tuple(rows),
+        notes=_notes(rows, runnable),
+        skipped=(*skipped, *refused),
+        runtimes=tuple(dict.fromkeys(described)),
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def _try_all(
+    entries: Sequence[Entry], section: BenchmarkSection, evidence: Evidence
+) -> tuple[list[_Loaded], list[Skip]]:
+    """Load each once and take its answers; what a runtime refuses is left out, and said."""
+    runnable: list[_Loaded] = []
+    refused: list[Skip] = []
+    for entry in entries:
+        try:
+            loaded = _load(entry, max(section.threads), None)
+            loaded.runtime.run(evidence.first[:1])
+            runnable.append(replace(loaded, answers=_answers(loaded, evidence)))
+        except ExportError as error:
+            refused.append(Skip(what=entry.name, reason=" ".join(str(error).split())))
+    if not runnable:
+        raise ExportError("no target runs here", found="; ".join(skip.reason for skip in refused), remedy="see above")
+    return runnable, refused
+
+
+def _load(entry: Entry, threads: int, answers: _Answers | None) -> _Loaded:
+    start = time.perf_counter()
+    runtime = open_runtime(entry.runtime, entry.file.path, threads=threads)
+    return _Loaded(entry, runtime, 1e3 * (time.perf_counter() - start), answers)
+
+
+def _answers(loaded: _Loaded, evidence: Evidence) -> _Answers | None:
+    if evidence.batches is None:
+        return None
+    given, right = [], []
+    for x, y in evidence.batches():
+        given.append(loaded.runtime.run(x).argmax(1))
+        right.append(y)
+    answers = np.concatenate(given)
+    expected = evidence.expected.get(loaded.entry.file.target)
+    agreed = None if expected is None else 100.0 * float((answers == expected).mean())
+    return _Answers(answers == np.concatenate(right), agreed)
+
+
+def _rows(loaded: Sequence[_Loaded], threads: int, section: BenchmarkSection, first: Array) -> Iterator[TargetRow]:
+    memory = [_memory(one.entry, first.shape[1:], section.batches, threads) for one in loaded]
+    for batch in section.batches:
+        x = np.ascontiguousarray(first[np.arange(batch) % len(first)])
+        calls = [partial(one.runtime.run, x) for one in loaded]
+        taken = time_in_turn(calls, repeats=section.repeats, seconds=section.seconds)
+        timed = [
+            _Timed(one, batch, threads, times, rises.get(batch))
+            for one, times, rises in zip(loaded, taken, memory, strict=True)
+        ]
+        for one in timed:
+            reference = next(other for other in timed if other.loaded.entry.runtime == one.loaded.entry.runtime)
+            yield _row(one, reference, _device_ms(one.loaded.runtime, x))
+
+
+def _memory(entry: Entry, shape: tuple[int, ...], batches: Sequence[int], threads: int) -> dict[int, int]:
+    if entry.runtime in _ON_GPU:
+        return {}
+    return peak_memory(entry.runtime, entry.file.path, shape, tuple(batches), threads=threads) or {}
+
+
+def _device_ms(runtime: Runtime, x: Array) -> float | None:
+    measure = getattr(runtime, "device_ms", None)  # only engines can tell the GPU's own time
+    return None if measure is None else float(np.median(measure(x)))
+
+
+def _row(one: _Timed, reference: _Timed, device_ms: float | None) -> TargetRow:
+    entry = one.loaded.entry
+    ratio = _SAME if one is reference else compare_latencies(reference.taken_ms, one.taken_ms)
+    spread = percentiles(one.taken_ms)
+    size = entry.file.path.stat().st_size
+    weights = entry.file.path.with_suffix(".bin")
+    if entry.file.kind == "openvino" and weights.is_file():
+        size += weights.stat().st_size
+    row = TargetRow(
+        target=entry.file.target,
+        runtime=entry.runtime,
+        precision=entry.file.precision,
+        batch=one.batch,
+        threads=one.threads,
+        latency_ms_p50=spread[50][0],
+        p50_ci_ms=spread[50][1],
+        latency_ms_p95=spread[95][0],
+        p95_ci_ms=spread[95][1],
+        latency_ms_p99=spread[99][0],
+        p99_ci_ms=spread[99][1],
+        throughput_per_s=one.batch * len(one.taken_ms) / (float(one.taken_ms.sum()) / 1e3),
+        rounds=len(one.taken_ms),
+        load_ms=one.loaded.load_ms,
+        size_bytes=size,
+        peak_memory_bytes=one.memory,
+        macs=entry.file.macs,
+        ratio=ratio.value,
+        ratio_ci=(ratio.low, ratio.high),
+        verdict="reference" if one is reference else ratio.verdict,
+        device_ms=device_ms,
+    )
+    return _with_accuracy(row, one.loaded.answers, reference.loaded.answers)
+
+
+def _with_accuracy(row: TargetRow, answers: _Answers | None, reference: _Answers | None) -> TargetRow:
+    if answers is None or reference is None:
+        return row
+    n = len(answers.hits)
+    lost, won = (reference.hits & ~answers.hits).sum(), (answers.hits & ~reference.hits).sum()
+    drop, interval = paired_drop(int(lost), int(won), n)
+    return replace(
+        row,
+        accuracy=wilson(int(answers.hits.sum()), n),
+        drop_pp=None if row.verdict == "reference" else drop,
+        drop_ci_pp=None if row.verdict == "reference" else interval,
+        agreement_pct=answers.agreement_pct,
+    )
+
+
+def _notes(rows: Sequence[TargetRow], loaded: Sequence[_Loaded]) -> tuple[str, ...]:
+    notes: list[str] = []
+    for batch, threads in dict.fromkeys((row.batch, row.threads) for row in rows):
+        here = sorted(
+            (row for row in rows if (row.batch, row.threads) == (batch, threads)), key=lambda row: row.latency_ms_p50
+        )
+        best = here[0]
+        if len(here) > 1:
+            notes.append(
+                f"batch {batch}, {threads} thread(s): fastest is {best.target} {best.precision} on {best.runtime}, "
+                f"{best.latency_ms_p50:.3g} ms"
+            )
+    notes += _slower_int8(rows)
+    return (*notes, *_reasons(rows, loaded))
+
+
+def _slower_int8(rows: Sequence[TargetRow]) -> Iterator[str]:
+    """INT8 that gains nothing over FP32 of the same target on the same runtime."""
+    whole = {(r.target, r.runtime, r.batch, r.threads): r for r in rows if r.precision == "fp32"}
+    for row in rows:
+        plain = whole.get((row.target, row.runtime, row.batch, row.threads))
+        if row.precision == "int8" and plain is not None and row.p50_ci_ms[0] > plain.p50_ci_ms[1]:
+            yield (
+                f"{row.target} on {row.runtime}, batch {row.batch}, {row.threads} thread(s): INT8 is slower than FP32 "
+                f"({row.latency_ms_p50:.3g} ms against {plain.latency_ms_p50:.3g} ms): don't choose it there"
+            )
+
+
+def _reasons(rows: Sequence[TargetRow], loaded: Sequence[_Loaded]) -> Iterator[str]:
+    """Why fewer MACs brought no speed, for FP32 ONNX files compared on one runtime."""
+    plain = [one.entry for one in loaded if one.entry.file.kind == "onnx" and one.entry.file.precision == "fp32"]
+    costs: dict[str, Traffic | None] = {
+        entry.file.target: onnx_traffic(entry.file.path.read_bytes()) for entry in plain
+    }
+    for runtime in dict.fromkeys(entry.runtime for entry in plain):
+        first, *others = (entry.file.target for entry in plain if entry.runtime == runtime)
+        for other in others:
+            yield from _reason((first, other), runtime, rows, costs)
+
+
+def _reason(
+    pair: tuple[str, str], runtime: str, rows: Sequence[TargetRow], costs: dict[str, Traffic | None]
+) -> Iterator[str]:
+    before, after = costs[pair[0]], costs[pair[1]]
+    here = [row for row in rows if row.runtime == runtime and row.precision == "fp32"]
+    for threads in dict.fromkeys(row.threads for row in here):
+        medians = {(r.target, r.batch): r for r in here if r.threads == threads}
+        batches = sorted({batch for _, batch in medians})
+        smallest = medians[pair[1], batches[0]]
+        times = {b: (medians[pair[0], b].latency_ms_p50, medians[pair[1], b].latency_ms_p50) for b in batches}
+        why = why_no_speed(before, after, smallest.ratio, times) if before and after else None
+        if why is not None:
+            yield f"{pair[1]} on {runtime}, batch {batches[0]}, {threads} thread(s): {why}"

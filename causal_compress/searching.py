@@ -1,0 +1,82 @@
+"""A budget that limits the drop of accuracy and no cost: which size holds it is found by trying, on validation data."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from causal_compress.deploy.benchmark import Pair, count_agreement
+from causal_compress.deploy.runtimes import TorchRuntime
+from causal_compress.recipe import Recipe
+from causal_compress.results import Candidates, Pareto, SearchPoint
+from causal_compress.runs import Run, open_run
+from causal_compress.shrink.plan import least_macs
+from causal_compress.shrink.search import search, searches
+from causal_compress.shrink.surgery import Student
+from causal_compress.stages import Understood, recover, shrink_depth, shrink_width, understand
+from causal_compress.understand.statistics import paired_drop
+
+
+def settle(run: Run, recipe: Recipe, candidates: Candidates) -> Recipe:
+    """The recipe with the smallest share of MACs whose drop of accuracy, on validation data, lies within the budget."""
+    if not searches(recipe.budget):
+        return recipe
+    limit = recipe.budget.max_accuracy_drop
+    assert limit is not None
+    pareto = run.stage(
+        "search",
+        Pareto,
+        lambda _: search(
+            lambda share: attempt(run.folder, recipe, share),
+            recipe.search,
+            limit_pp=limit,
+            least=least_macs(candidates, recipe.plan),
+        ),
+        depends={
+            "candidates": run.key_of("candidates"),
+            "group": run.key_of("group"),
+            "limit": limit,
+            **{name: getattr(recipe, name) for name in ("search", "plan", "rewrite", "prune", "distill")},
+            "augment": recipe.data.augment,
+        },
+    )
+    run.write_json("pareto.json", pareto)
+    share = pareto.points[pareto.chosen].asked_macs
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
+
+
+def attempt(folder: Path, recipe: Recipe, share: float) -> SearchPoint:
+    """Compress to a share of the MACs in a run folder of its own, recover briefly, and measure on validation data."""
+    start = time.perf_counter()
+    epochs = 0 if recipe.distill is None else min(recipe.search.epochs, recipe.distill.epochs)
+    distill = None if recipe.distill is None or epochs == 0 else recipe.distill.model_copy(update={"epochs": epochs})
+    budget = recipe.budget.model_copy(update={"macs": share})
+    point = recipe.model_copy(update={"budget": budget, "distill": distill})
+    with open_run(folder / "points" / f"{share:.4f}", point, command=("search",), reuse=folder) as run:
+        known = understand(run, point, force=True)
+        _, student = shrink_depth(run, point, known)
+        log, student = shrink_width(run, point, known, student)
+        _, student = recover(run, point, known, student)
+        drop, interval, n = validation_drop(known, student)
+    return SearchPoint(
+        asked_macs=share,
+        macs=log.macs / known.teacher.macs,
+        params=log.params / known.teacher.params,
+        heldout_kl=log.heldout_kl,
+        drop_pp=drop,
+        drop_ci_pp=interval,
+        n=n,
+        epochs=epochs,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def validation_drop(known: Understood, student: Student) -> tuple[float, tuple[float, float], int]:
+    """Drop of accuracy on the validation split [pp], its 95 % interval, and the number of inputs."""
+    models = TorchRuntime(known.network.graph), TorchRuntime(student.graph)
+    pair = Pair(runtime="torch", threads=torch.get_num_threads(), teacher=models[0], student=models[1])
+    agreement = count_agreement(pair, known.data.validation)
+    drop, interval = paired_drop(agreement.teacher_only, agreement.student_only, agreement.n)
+    return drop, interval, agreement.n

@@ -1,0 +1,220 @@
+"""A budget on latency: what every candidate takes on the runtime, and a plan whose whole network is timed there.
+
+MACs are not speed: narrow layers can be as slow as wide ones, and a merged region is always worth its time. So the
+plan's cost is what a runtime says. Parts timed alone do not add up exactly to a network (the runtime lays activations
+out anew at its ends, fuses across parts), hence the plan's skeleton is timed whole, and the plan is corrected.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from causal_compress.errors import BudgetError
+from causal_compress.recipe import BudgetSection, LatencySection, PlanSection
+from causal_compress.results import Candidate, Candidates, Effects, Groups, Keep, LatencyTable, Merge, Plan
+from causal_compress.shrink.parts import build_part
+from causal_compress.shrink.plan import make_plan
+from causal_compress.shrink.surgery import assemble, merges_of, narrow
+from causal_compress.understand.graph import get_module
+from causal_compress.understand.tail import Tail, find_tail
+from causal_compress.understand.trace import Network
+
+logger = logging.getLogger(__name__)
+
+Timer = Callable[[Sequence[tuple[nn.Module, Tensor]]], list[float]]
+"""Median milliseconds of networks on two or more example inputs each, measured in turn."""
+
+_COPIES = 4
+_ROUNDS = 5
+_CLOSE = 0.96  # a plan that keeps this much of what it may keep is good enough
+
+
+def measure_latency(network: Network, candidates: Candidates, section: LatencySection, timer: Timer) -> LatencyTable:
+    """Time each different part that a candidate can be, once.
+
+    Args:
+        network: The teacher.
+        candidates: What could stand in its place.
+        section: Which runtime, batch size and threads; told to the reader, the timer knows them.
+        timer: Runs networks there.
+
+    Limits: parts are timed at full input width; candidates that read a narrower cut point are taken to save time as
+        they save MACs.
+    """
+    start = time.perf_counter()
+    shapes: dict[str, int] = {}
+    parts: list[tuple[nn.Module, Tensor]] = []
+    built: dict[tuple[int, int, int, str | None], tuple[fx.GraphModule, str]] = {}
+    places: list[int] = []
+    for row in candidates.rows:
+        span = (row.first, row.last, row.representative, row.adapter)
+        if span not in built:
+            built[span] = _part(network, row)
+        part, structure = built[span]
+        key = f"{structure} {sorted(row.widths.values())}"
+        if key not in shapes:
+            shapes[key] = len(parts)
+            parts.append((_narrowed(part, row, network), _entering(network, row.first)))
+        places.append(shapes[key])
+    stacked = [_stacked(part, x) for part, x in parts]
+    times = [ms / copies for ms, (_, _, copies) in zip(timer([(m, x) for m, x, _ in stacked]), stacked, strict=True)]
+    ms = tuple(times[place] * row.inputs_kept for place, row in zip(places, candidates.rows, strict=True))
+    whole = {row.first: time for row, time in zip(candidates.rows, ms, strict=True) if _is_whole(row)}
+    return LatencyTable(
+        runtime=section.runtime,
+        batch=section.batch,
+        threads=section.threads,
+        ms=ms,
+        teacher_ms=sum(whole.values()),
+        parts=len(parts),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _part(network: Network, row: Candidate) -> tuple[fx.GraphModule, str]:
+    merge = Merge(first=row.first, last=row.last, representative=row.representative, adapter=row.adapter)
+    part = build_part(network, merge)
+    assert not isinstance(part, str)  # it was measured
+    return part, f"{tuple(network.regions[row.first].info.input_shape)} {_structure(part)}"
+
+
+def _structure(part: fx.GraphModule) -> str:
+    """Equal for parts that do the same work, whatever their weights and names."""
+    number = {node: index for index, node in enumerate(part.graph.nodes)}
+    lines = []
+    for node in part.graph.nodes:
+        module = get_module(part, node)
+        what = f"{node.op} {node.target}" if module is None else repr(module)
+        what = node.op if node.op in {"placeholder", "output", "get_attr"} else what
+        lines.append(f"{what} {[number[source] for source in node.all_input_nodes]} {_constants(node)}")
+    return "; ".join(lines)
+
+
+def _constants(node: fx.Node) -> str:
+    if node.op == "output":
+        return ""
+    return str([argument for argument in (*node.args, *node.kwargs.values()) if not isinstance(argument, fx.Node)])
+
+
+def _narrowed(part: fx.GraphModule, row: Candidate, network: Network) -> fx.GraphModule:
+    result = copy.deepcopy(part)
+    keeps = [Keep(producer=producer, channels=tuple(range(count))) for producer, count in row.widths.items()]
+    narrow(result, _entering(network, row.first), keeps)
+    return result.eval()
+
+
+def _entering(network: Network, first: int) -> Tensor:
+    return torch.zeros(2, *network.regions[first].info.input_shape)
+
+
+def _stacked(part: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, int]:
+    """Several copies in a row where the shape allows, so that what happens at the ends hardly counts."""
+    with torch.no_grad():
+        fits = part(x).shape == x.shape
+    copies = _COPIES if fits else 1
+    return nn.Sequential(*(copy.deepcopy(part) for _ in range(copies))).eval(), x, copies
+
+
+def _is_whole(row: Candidate) -> bool:
+    return row.first == row.last and not row.widths and row.inputs_kept == 1.0
+
+
+def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is timed)
+    network: Network,
+    candidates: Candidates,
+    effects: Effects,
+    groups: Groups,
+    budget: BudgetSection,
+    section: PlanSection,
+    table: LatencyTable,
+    timer: Timer,
+) -> Plan:
+    """Plan within a share of the teacher's latency as the runtime takes it for the whole network.
+
+    Args:
+        network: The teacher.
+        candidates: Everything that was measured.
+        effects: ACE and CKA, as evidence.
+        groups: The chosen causal nodes, as evidence.
+        budget: Its `latency_ms` says what to keep; shares of MACs and parameters hold beside it.
+        section: Whether depth and width may be used.
+        table: What each candidate takes.
+        timer: Runs networks on that runtime.
+
+    Returns:
+        The plan of least predicted harm among those tried whose whole network was fast enough.
+
+    Raises:
+        BudgetError: no combination of candidates is fast enough.
+    """
+    assert budget.latency_ms is not None
+    wanted = budget.latency_ms.keep
+    aim, met, fastest = wanted, None, math.inf
+    for turn in range(_ROUNDS):
+        aimed = budget.model_copy(update={"latency_ms": budget.latency_ms.model_copy(update={"keep": min(aim, 1.0)})})
+        try:
+            plan = make_plan(candidates, effects, groups, aimed, section, table)
+        except BudgetError:
+            break
+        kept = _time_whole(network, plan, timer)
+        logger.info("plan: %.3f of the latency predicted, %.3f measured, %.3f wanted", plan.latency, kept, wanted)
+        fastest = min(fastest, kept)
+        if kept <= wanted and (met is None or plan.predicted_harm_kl < met.predicted_harm_kl):
+            met = replace(plan, latency_measured=kept)
+        if _CLOSE * wanted <= kept <= wanted:
+            break
+        # Half the way back after a plan that was fast enough, lest it swings.
+        aim *= (wanted * 0.98 / kept) ** (1.0 if kept > wanted or turn == 0 else 0.5)
+    if met is None:
+        raise BudgetError(
+            "no plan can meet the budget on latency",
+            found=f"the fastest plan tried keeps {fastest:.3f} of the teacher's latency on {table.runtime}",
+            wanted=f"budget.latency_ms.keep: {wanted:g} at batch {table.batch}, {table.threads} thread(s)",
+            remedy="raise budget.latency_ms.keep, plan.max_span or plan.max_epsilon, or set plan.align to 16",
+        )
+    return met
+
+
+def _time_whole(network: Network, plan: Plan, timer: Timer) -> float:
+    """Share of the teacher's latency that the plan's network takes; weights do not matter to it."""
+    example = network.example_input
+    student, teacher = timer([(skeleton(network, plan), example), (network.graph, example)])
+    return student / teacher
+
+
+def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
+    """The network that a plan leads to, with any channels and unfitted weights.
+
+    Args:
+        network: The teacher; left as it is.
+        plan: What merges and what narrows.
+    """
+    student = assemble(network, merges_of(plan))
+    keeps: dict[str, int] = {}
+    for index, decision in enumerate(plan.decisions):
+        keeps |= decision.candidate.widths
+        if decision.candidate.inputs_kept < 1.0:
+            before = find_tail(student.parts[index - 1])
+            assert isinstance(before, Tail)
+            channels = len(_weight(student.graph, before.affine))
+            keeps[before.affine] = round(decision.candidate.inputs_kept * channels)
+    narrow(student.graph, network.example_input, _as_keeps(keeps))
+    return student.graph
+
+
+def _weight(graph: fx.GraphModule, path: str) -> Tensor:
+    weight = graph.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _as_keeps(counts: Mapping[str, int]) -> list[Keep]:
+    return [Keep(producer=producer, channels=tuple(range(count))) for producer, count in counts.items()]

@@ -1,0 +1,397 @@
+"""Training, finding, keeping and showing counterfactuals, on small problems whose answers are known."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from causal_compress.cli import main
+from causal_compress.errors import CheckpointError, NumericalError, UsageError
+from causal_compress.explain.bias import bias_of
+from causal_compress.explain.constraints import domain_of
+from causal_compress.explain.contrast import contrast, parting_site
+from causal_compress.explain.counterfactual import Explainer, Found, describe, find, target_of, train_counterfactuals
+from causal_compress.explain.counterfactual_folder import DESCRIPTION, WEIGHTS, load_explainer, save_explainer
+from causal_compress.explain.counterfactual_page import counterfactual_page, picture_png
+from causal_compress.explain.counterfactual_training import judge_of, other_classes, suspicions, target_loss
+from causal_compress.explain.generator import Critic, ImageGenerator, build_generator
+from causal_compress.inputs.data import load_data
+from causal_compress.recipe import CounterfactualSection, DataSection
+from causal_compress.results import CounterfactualTraining, SitePart, TrainingCheck
+from causal_compress.understand.teacher import weights_sha256
+from causal_compress.understand.trace import trace
+
+SCALES = {"mean": [0] * 3, "std": [1, 1, 10]}
+SMALL = CounterfactualSection(steps=120, batch_size=32, width=4, checks=2, probe=60, ema=0.9, learning_rate=2e-3)
+
+
+class Sum(nn.Module):
+    """Class 1 where the first two numbers sum to more than 0; the rest of the row is not looked at."""
+
+    def __init__(self, inputs=6):
+        super().__init__()
+        self.first = nn.Linear(inputs, 4)
+        self.last = nn.Linear(4, 2)
+        with torch.no_grad():
+            self.first.weight.zero_()
+            self.first.weight[:2, :2] = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+            self.first.bias.zero_()
+            self.last.weight.copy_(torch.tensor([[0.0, 3.0, 0, 0], [3.0, 0.0, 0, 0]]))
+            self.last.bias.zero_()
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+
+def sum_net():
+    return Sum()
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory):
+    draws = np.random.default_rng(0)
+    values = draws.normal(size=(400, 3))
+    lines = ["a,b,size,job,label"]
+    for a, b, size in values:
+        lines.append(f"{a},{b},{round(10 * size)},{'xyz'[draws.integers(3)]},{'yes' if a + b > 0 else 'no'}")
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(csv):
+    section = DataSection(
+        source=f"csv:{csv}",
+        target="label",
+        calibration=60,
+        validation=80,
+        normalize=SCALES,
+    )
+    return load_data(section, seed=0)
+
+
+@pytest.fixture(scope="module")
+def network(table):
+    return trace(Sum(), table.example_input)
+
+
+@pytest.fixture(scope="module")
+def explainer(network, table):
+    return train_counterfactuals(network, table, SMALL, seed=0)
+
+
+def turned(explainer, split, count=40):
+    x, _ = split.take(range(count))
+    return x, 1 - explainer.judge(x)[1].argmax(1)
+
+
+def test_a_trained_generator_turns_rows_without_breaking_constraints(explainer, table):
+    x, target = turned(explainer, table.test)
+    found = find(explainer, x, target)
+    assert found.valid.float().mean() > 0.9
+    assert explainer.judge(found.counterfactual)[1].argmax(1).equal(found.answered)
+    told = describe(explainer, found, table.test, range(len(x)))
+    assert {one.status for one in told if one.answered_class == one.target_class} == {"valid"}
+    assert sum(one.violations for one in told) == 0
+    assert all(one.l0 >= 1 for one in told if one.status == "valid")
+    assert told[0].true_class == table.classes[int(table.test.labels[0])]
+    shown = {change.feature: change for one in told for change in one.changes}
+    assert set(shown) <= {"a", "b", "size", "job"}
+    assert all(change.before != change.after for one in told for change in one.changes if change.feature == "job")
+
+
+def test_only_what_may_change_changes(network, table):
+    section = SMALL.model_copy(update={"immutable": ["b", "job"], "rises": ["a"], "steps": 60})
+    explainer = train_counterfactuals(network, table, section, seed=0)
+    x, target = turned(explainer, table.test)
+    found = find(explainer, x, target)
+    assert found.counterfactual[:, [1, 3, 4, 5]].equal(x[:, [1, 3, 4, 5]])
+    assert bool((found.counterfactual[:, 0] >= x[:, 0]).all())
+    assert bool((found.counterfactual[:, 0] > x[:, 0]).any())
+    to_no = target == table.classes.index("no")  # would need a to fall
+    assert not found.valid[to_no].any()
+    assert {found.status[row] for row in torch.nonzero(to_no)[:, 0]} <= {"invalid", "not converged"}
+
+
+def test_the_same_seed_gives_the_same_generator(network, table):
+    section = SMALL.model_copy(update={"steps": 5, "checks": 1})
+    one, same, other = (train_counterfactuals(network, table, section, seed=seed) for seed in (3, 3, 4))
+    weights = [torch.cat([p.flatten() for p in made.generator.parameters()]) for made in (one, same, other)]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+def test_training_leaves_network_and_random_state_alone(network, table):
+    before, state = weights_sha256(network.graph), torch.get_rng_state()
+    train_counterfactuals(network, table, SMALL.model_copy(update={"steps": 2, "checks": 1}), seed=0)
+    assert weights_sha256(network.graph) == before
+    assert all(parameter.requires_grad for parameter in network.graph.parameters())
+    assert torch.get_rng_state().equal(state)
+
+
+def test_divergence_ends_training_with_an_error(network, table):
+    with pytest.raises(NumericalError, match="diverged at step"):
+        train_counterfactuals(network, table, SMALL.model_copy(update={"learning_rate": 1e6}), seed=0)
+
+
+def check(step=10, **changed):
+    values = {"validity_pct": 99.0, "diversity": 0.9, "critic_accuracy_pct": 70.0, "n": 512}
+    values |= {"critic_loss": 1.0, "generator_loss": 1.0, "proximity": 0.1}
+    return TrainingCheck(step=step, **(values | changed))
+
+
+@pytest.mark.parametrize(
+    ("checks", "said"),
+    [
+        ([check(), check()], []),
+        ([check(), check(diversity=0.05)], ["mode collapse"]),
+        ([check(critic_accuracy_pct=100.0), check(critic_accuracy_pct=100.0)], ["teaches little"]),
+        ([check(), check(validity_pct=85.0)], ["divergence"]),
+        ([check(validity_pct=40.0)], ["only 40.0 %"]),
+    ],
+)
+def test_what_training_is_watched_for(checks, said):
+    found = suspicions(checks)
+    assert len(found) == len(said)
+    assert all(part in warning for part, warning in zip(said, found, strict=True))
+
+
+def test_target_loss_stops_at_the_confidence():
+    logits = torch.tensor([[10.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    loss = target_loss(logits, torch.tensor([0, 0]), 0.9)
+    loss.backward()
+    assert loss.item() == pytest.approx((np.log(0.9) - np.log(0.5)) / 2, abs=1e-6)
+    assert logits.grad[0].tolist() == [0, 0]
+    assert logits.grad[1, 0] < 0
+
+
+def test_other_classes_are_never_the_same():
+    labels = torch.arange(1000) % 4
+    other = other_classes(labels, 4, torch.Generator().manual_seed(0))
+    assert not (other == labels).any()
+    assert set(other[labels == 0].tolist()) == {1, 2, 3}
+
+
+def test_targets_are_checked(explainer, table):
+    x, target = turned(explainer, table.test, 2)
+    with pytest.raises(UsageError, match="already"):
+        find(explainer, x, 1 - target)
+    with pytest.raises(UsageError, match="no class"):
+        find(explainer, x, target + 5)
+    with pytest.raises(UsageError, match="no class 'maybe'"):
+        target_of(explainer, "maybe")
+    with pytest.raises(UsageError, match="no site 'nowhere'"):
+        judge_of(trace(Sum(), table.example_input), "nowhere", torch.device("cpu"))
+
+
+def untrained(network, data, section):
+    """An explainer whose generator has learnt nothing: it leaves inputs nearly as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        domain = domain_of(data, section)
+        generator = build_generator(domain, data.input_shape, len(data.classes), section.width)
+    trained = CounterfactualTraining(
+        steps=1,
+        seconds=0.0,
+        seed=0,
+        generator_params=1,
+        critic_params=1,
+        perceptual_site="first",
+        network_sha256=weights_sha256(network.graph),
+        data_sha256="",
+        checks=(check(),),
+        warnings=(),
+    )
+    judge = judge_of(network, None, torch.device("cpu"))
+    frozen = generator.eval().requires_grad_(False)
+    return Explainer(judge, frozen, domain, data.features, data.classes, data.input_shape, section, trained)
+
+
+def test_refinement_turns_what_the_generator_does_not(network, table):
+    section = SMALL.model_copy(update={"refine_steps": 0})
+    still = untrained(network, table, section)
+    x, target = turned(still, table.test)
+    before = find(still, x, target).valid.float().mean()
+    moved = replace(still, section=section.model_copy(update={"refine_steps": 80}))
+    found = find(moved, x, target)
+    assert found.valid.float().mean() > before + 0.3
+    assert not (found.counterfactual[:, 3:].sum(1) - 1).any()
+    alone = find(moved, x[3:4], target[3:4])  # what else is in the batch makes no difference
+    assert alone.counterfactual.allclose(found.counterfactual[3:4], atol=1e-4)
+
+
+def test_an_explainer_survives_its_folder(explainer, network, table, tmp_path):
+    save_explainer(explainer, tmp_path / "made")
+    again = load_explainer(tmp_path / "made", network)
+    x, target = turned(explainer, table.test, 8)
+    assert find(again, x, target).counterfactual.equal(find(explainer, x, target).counterfactual)
+    assert (again.trained, again.section, again.classes) == (explainer.trained, explainer.section, explainer.classes)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [DESCRIPTION, WEIGHTS]
+
+
+def test_damaged_and_foreign_folders_are_refused(explainer, network, table, tmp_path):
+    save_explainer(explainer, tmp_path)
+    other = Sum()
+    with torch.no_grad():
+        other.first.weight[0, 0] = 2
+    with pytest.raises(CheckpointError, match="another network"):
+        load_explainer(tmp_path, trace(other, table.example_input))
+    with pytest.raises(CheckpointError, match="no trained counterfactuals"):
+        load_explainer(tmp_path / "absent", network)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_explainer(tmp_path, network)
+    (tmp_path / DESCRIPTION).write_text('{"schema_number": 2}')
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_explainer(tmp_path, network)
+
+
+def site(name, distance, floor):
+    effects = {"ace_original": 0.0, "ace_original_stderr": 0.0}
+    effects |= {"ace_counterfactual": 0.0, "ace_counterfactual_stderr": 0.0}
+    return SitePart(site=name, distance=distance, floor=floor, **effects)
+
+
+def test_the_parting_site_is_the_first_of_those_up_to_the_output():
+    sites = (site("a", 2, 1), site("b", 0.5, 1), site("c", 2, 1), site("d", 3, 1))
+    assert parting_site(sites) == "c"
+    assert parting_site(sites[:2]) is None
+    assert parting_site(sites[2:]) == "c"
+
+
+def test_contrast_sees_units_and_effects(explainer, network, table):
+    rows, labels = table.test.take(range(len(table.test)))
+    sums = rows[:, :2].sum(1)
+    index = int(sums.abs().argmax())
+    x = rows[index : index + 1]
+    predicted = explainer.judge(x)[1].argmax(1)
+    flipped = x.clone()
+    flipped[0, :2] = -x[0, :2]  # the units of `first` swap
+    found = Found(x, flipped, predicted, 1 - predicted, 1 - predicted, torch.ones(1), ("valid",))
+    told = contrast(explainer, network, found, table.test, index)
+    assert [part.site for part in told.sites] == ["first", "last"]
+    here, there = (float(sums[labels == klass].abs().mean()) for klass in (predicted, 1 - predicted))
+    share = float(sums.abs().max()) * (here + there) / (here**2 + there**2)
+    assert told.sites[0].distance == pytest.approx(share, rel=1e-4)
+    assert told.parts_at == "first"
+    assert all(part.ace_original > 0 for part in told.sites)
+    assert told.floor_pairs == len(rows) - 2
+    assert told.counterfactual.l0 == 2
+    same = contrast(explainer, network, replace(found, counterfactual=x + 0.001), table.test, index)
+    assert same.parts_at is None
+
+
+def planted(side=8):
+    """Images of noise; the mark in the corner says the class, and the network looks at nothing else."""
+    draws = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    x = draws.integers(0, 200, size=(120, side, side, 1)).astype(np.uint8)
+    x[:, :2, :2] = (labels * 255)[:, None, None, None]
+    return x, labels
+
+
+class Corner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.look = nn.Conv2d(1, 2, 8)
+        with torch.no_grad():
+            self.look.weight.zero_()
+            self.look.weight[:, 0, :2, :2] = torch.tensor([-1.0, 1.0])[:, None, None]
+            self.look.bias.copy_(torch.tensor([2.0, -2.0]))
+
+    def forward(self, x):
+        return self.look(x).flatten(1)
+
+
+@pytest.fixture
+def images(tmp_path):
+    x, y = planted()
+    np.savez(tmp_path / "planted.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+    return load_data(DataSection(source=f"npz:{tmp_path / 'planted.npz'}", calibration=16, validation=50), seed=0)
+
+
+def test_the_bias_probe_names_a_planted_mark(images):
+    network = trace(Corner(), images.example_input)
+    explainer = untrained(network, images, CounterfactualSection(width=4))
+    count = len(images.validation)
+    x, _ = images.validation.take(range(count))
+    predicted = explainer.judge(x)[1].argmax(1)
+    made = x.clone()
+    made[:, :, :2, :2] = 1 - made[:, :, :2, :2]  # what decides
+    made[:, :, 6:, 6:] = 0.5  # what doesn't
+    found = Found(x, made, predicted, 1 - predicted, 1 - predicted, torch.ones(count), ("valid",) * count)
+    probe = bias_of(explainer, found, images.validation)
+    assert (probe.n, probe.invalid, len(probe.pairs)) == (count, 0, 2)
+    for pair in probe.pairs:
+        assert pair.features[0].feature == "row 1, column 1"
+        assert (pair.features[0].alone_pct, pair.features[0].needed_pct) == (100, 100)
+        assert [share.alone_pct for share in pair.features[1:]] == [0]
+    assert len(probe.warnings) == 2
+    assert "nearly constant within each class" in probe.warnings[0]
+    watched = CounterfactualSection(width=4, watch=["row 4, column 4"])  # changed, but it decides nothing
+    assert len(bias_of(replace(explainer, section=watched), found, images.validation).warnings) == 2
+    with pytest.raises(UsageError, match="no feature 'row 9'"):
+        bias_of(replace(explainer, section=CounterfactualSection(watch=["row 9"])), found, images.validation)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (3, 45, 30)])
+def test_generator_and_critic_fit_any_size(shape):
+    low, high = torch.zeros(shape[0], 1, 1) - 1, torch.zeros(shape[0], 1, 1) + 2
+    generator = ImageGenerator(shape, 3, 8, low, high)
+    x = torch.rand(2, *shape) * 3 - 1
+    made = generator(x, torch.tensor([0, 2]))
+    assert made.shape == x.shape
+    assert bool((made >= -1).all())
+    assert bool((made <= 2).all())
+    assert generator.decode(generator.encode(x, torch.tensor([0, 2])), x).equal(made)
+    score, names = Critic(shape, 3, 8)(made, torch.tensor([0, 2]))
+    assert (score.shape, names.shape) == ((2,), (2, 3))
+
+
+def test_images_are_trained_on_and_a_page_escapes_names(images):
+    network = trace(Corner(), images.example_input)
+    explainer = train_counterfactuals(network, images, SMALL.model_copy(update={"steps": 8}), seed=0)
+    hostile = replace(explainer, classes=("<script>alert(1)</script>", '"&'))
+    x, target = turned(hostile, images.test, 1)
+    found = find(hostile, x, target)
+    page = counterfactual_page(hostile, found, contrast(hostile, network, found, images.test, 0))
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    assert picture_png(hostile, found).startswith(b"\x89PNG")
+    pixel = found.counterfactual * 255
+    assert (pixel - pixel.round()).abs().max() < 1e-3
+
+
+def test_the_commands_train_and_show(csv, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "counterfactual: {steps: 30, width: 4, checks: 1, probe: 20, batch_size: 32}\n"
+        "data: {target: label, calibration: 60, validation: 80, normalize: {mean: [0, 0, 0], std: [1, 1, 10]}}\n"
+    )
+    out = tmp_path / "made"
+    given = ["--recipe", str(recipe), "--arch", f"{__file__}:sum_net", "--data", f"csv:{csv}", "--out", str(out), "-q"]
+    assert main(["counterfactual", "train", *given, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["training"]["steps"] == 30
+    assert json.loads((out / "bias.json").read_text()) == printed["bias"]
+    asked = ["counterfactual", "show", str(out), "--index", "0", "-q", "--target"]
+    codes = {name: main([*asked, name, "--out", str(tmp_path / "one.json")]) for name in ("yes", "no")}
+    assert sorted(codes.values()) == [0, 2]  # one of the two is what the network says already
+    name = next(name for name, code in codes.items() if code == 0)
+    told = json.loads((tmp_path / "one.json").read_text())
+    assert told["counterfactual"]["target_class"] == name
+    assert main([*asked, name, "--out", str(tmp_path / "one.html")]) == 0
+    assert f"and not {name}?" in (tmp_path / "one.html").read_text()
+    assert main([*asked, name]) == 0
+    assert "usual within a class" in capsys.readouterr().out
+    assert main([*asked, name, "--out", str(tmp_path / "one.png")]) == 2
+    assert main([*asked, name, "--out", str(tmp_path / "one.doc")]) == 2
+    assert main(["counterfactual", "show", str(out), "--index", "999", "--target", name]) == 2

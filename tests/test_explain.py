@@ -1,0 +1,208 @@
+"""The command `explain`: of a checkpoint, of a run, of one input; as text, JSON and page."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import small_runs
+import torch
+from pydantic import TypeAdapter
+
+from causal_compress.cli import main
+from causal_compress.explain.explaining import Question, Subject, explain
+from causal_compress.explain.page import explanation_page, pictures_of
+from causal_compress.inputs.data import load_data
+from causal_compress.inputs.models import build_model
+from causal_compress.recipe_file import recipe_yaml
+from causal_compress.results import Explanation
+from causal_compress.understand.trace import trace
+
+SMALL = {
+    "masks": 64,
+    "bootstraps": 20,
+    "map_inputs": 16,
+    "map_masks": 2,
+    "class_inputs": 3,
+    "class_masks": 32,
+    "grid": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A recipe file for a quick digits network."""
+    folder = tmp_path_factory.mktemp("digits")
+    recipe = small_runs.digits_recipe(folder / "w.safetensors", explain=SMALL)
+    small_runs.train(recipe, folder / "w.safetensors", epochs=3)
+    path = folder / "recipe.yaml"
+    path.write_text(recipe_yaml(recipe), encoding="utf-8")
+    return path, recipe
+
+
+@pytest.fixture(scope="module")
+def explained(digits):
+    """An input of the digits, explained."""
+    _, recipe = digits
+    data = load_data(recipe.data, seed=0)
+    network = trace(build_model(recipe.model), data.example_input)
+    count = len(network.regions)
+    subject = Subject("network", network, (tuple(range(count - 1)), (count - 1,)))
+    x, label = data.validation.take([3])
+    question = Question(data.validation, x=x, name="<script>alert(1)</script>", index=3, true_class=int(label))
+    return explain(subject, data, recipe.explain, question, seed=0), x, data, recipe
+
+
+def test_a_checkpoint_is_explained_without_compression(digits, capsys, tmp_path):
+    path, _ = digits
+    page = tmp_path / "page.html"
+    assert main(["explain", "--recipe", str(path), "--index", "0", "--out", str(page), "-q"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"input 0: \d, [\d.]+ % sure, true class \d", said)
+    assert "sufficient (others at mean)" in said
+    assert "necessary (they at mean)" in said
+    assert "NOT VERIFIED" not in said
+    assert "causal nodes by ACE" in said
+    text = page.read_text()
+    assert "default-src 'none'" in text
+    assert "<script" not in text
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)
+
+
+def test_over_the_data_each_class_is_explained(digits, capsys):
+    path, _ = digits
+    assert main(["explain", "--recipe", str(path), "--json", "-q"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["local"] is None
+    assert {attribution["target"] for attribution in found["classes"]} <= set("0123456789")
+    assert len(found["classes"]) >= 8
+    assert found["causal_map"]["inputs"] == 16
+    TypeAdapter(Explanation).validate_python(found)
+
+
+def test_one_class_alone(digits, capsys):
+    path, _ = digits
+    assert main(["explain", "--recipe", str(path), "--class", "3", "--json", "-q"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [attribution["target"] for attribution in found["classes"]] == ["3"]
+    assert found["causal_map"]["scope"] == "class 3"
+
+
+def test_a_file_is_explained_as_the_data_would_be(digits, explained, capsys, tmp_path):
+    from PIL import Image
+
+    path, recipe = digits
+    data = load_data(recipe.data, seed=0)
+    pixels = data.validation.show([5])[0][..., 0]
+    Image.fromarray(pixels).save(tmp_path / "five.png")
+    out = tmp_path / "five.json"
+    given = ["explain", "--recipe", str(path), "--input", str(tmp_path / "five.png"), "--out", str(out), "-q"]
+    assert main(given) == 0
+    capsys.readouterr()
+    local = json.loads(out.read_text())["explanations"][0]["local"]
+    assert (local["index"], local["name"], local["true_class"]) == (None, "five.png", None)
+    with torch.no_grad():
+        logits = build_model(recipe.model)(data.validation.take([5])[0])
+    assert local["decision"] == data.classes[int(logits.argmax())]
+    assert local["confidence_pct"] == pytest.approx(100 * float(logits.softmax(1).max()), abs=2)
+
+
+def test_a_table_is_explained_by_columns(tmp_path, capsys):
+    weights = tmp_path / "w.safetensors"
+    recipe = small_runs.table_recipe(weights, explain=SMALL)
+    small_runs.train(recipe, weights, epochs=3)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_yaml(recipe), encoding="utf-8")
+    assert main(["explain", "--recipe", str(path), "--index", "1", "--json", "-q"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    names = {feature["name"] for feature in found["local"]["output"][0]["features"]}
+    assert "mean radius" in names
+    assert found["grid"] is None
+    assert found["local"]["output"][0]["baselines"] == ["mean"]  # nothing to blur
+    row = tmp_path / "row.npy"
+    np.save(row, load_data(recipe.data, seed=0).validation.take([1])[0].numpy())
+    assert main(["explain", "--recipe", str(path), "--input", str(row), "--json", "-q"]) == 0
+    (again,) = json.loads(capsys.readouterr().out)
+    assert again["local"]["output"][0]["features"] == found["local"]["output"][0]["features"]
+
+
+def test_a_run_shows_teacher_and_student(tmp_path, capsys):
+    from causal_compress import compress
+
+    weights = tmp_path / "w.safetensors"
+    recipe = small_runs.digits_recipe(
+        weights,
+        distill=None,
+        benchmark=None,
+        explain=SMALL,
+        intervene={"inputs": 64, "batch_size": 64},
+        plan={"inputs": 64, "heldout": 32, "max_span": 1, "widths": [0.5]},
+        budget={"macs": 0.8},
+        rewrite={"inputs": 64},
+        prune={"inputs": 64},
+    )
+    small_runs.train(recipe, weights, epochs=2)
+    run = tmp_path / "run"
+    compress(recipe, run)
+    before = sorted(file.name for file in run.iterdir())
+    assert main(["explain", str(run), "--index", "2", "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["network"] for one in found] == ["teacher", "student"]
+    assert sorted(file.name for file in run.iterdir()) == before
+    assert main(["explain", str(run), "--arch", "x.py:y"]) == 2
+    assert "a run brings its own network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--index", "100000"], "no input 100000"),
+        (["--class", "cat"], "no class 'cat'"),
+        (["--index", "1", "--input", "x.png"], "two inputs"),
+        (["--out", "page.pdf"], "kind is unknown"),
+        (["--input", "absent.png"], "can't be read as an input"),
+    ],
+)
+def test_wrong_questions_are_refused(digits, capsys, given, said):
+    path, _ = digits
+    assert main(["explain", "--recipe", str(path), *given, "-q"]) in (1, 2)
+    error = capsys.readouterr().err
+    assert said in error
+    assert "remedy:" in error
+
+
+class Counting(HTMLParser):
+    """Counts tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+
+def test_the_page_escapes_names_and_shows_pictures(explained):
+    found, x, data, recipe = explained
+    text = explanation_page("<b>title</b>", [found], [pictures_of(found.local, x, data, recipe.explain)])
+    parser = Counting()
+    parser.feed(text)
+    assert "script" not in parser.tags
+    assert "&lt;script&gt;" in text
+    assert "<b>title" not in text
+    assert parser.tags.count("svg") >= 3
+    assert text.count("data:image/png;base64,") >= 2
+    assert parser.tags.count("table") >= 4
+
+
+def test_sites_and_classes_of_one_input(explained):
+    found = explained[0].local
+    assert found.output[0].target == found.decision
+    assert len(found.output) == 3
+    assert len(found.nodes) == 1
+    assert len(found.output[0].features) == 16
+    assert found.sufficient.verified
+    assert (found.causal_map.scope, found.causal_map.inputs) == ("one input", 1)

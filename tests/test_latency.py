@@ -1,0 +1,171 @@
+"""Plans within a latency: with timers that are known by hand, and once the whole way on the runtime itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import digits_recipe, train
+from torch import Tensor, nn
+
+from causal_compress.deploy.latency import time_models
+from causal_compress.deploy.scorecard import verdict
+from causal_compress.errors import BudgetError
+from causal_compress.inputs.data import load_data
+from causal_compress.inputs.models import build_model
+from causal_compress.pipeline import analyze, compress
+from causal_compress.recipe import BudgetSection, LatencySection, PlanSection
+from causal_compress.results import Candidates, Effects, Groups, Plan, Scorecard
+from causal_compress.runs import read_result
+from causal_compress.shrink.latency import Timer, measure_latency, plan_for_latency, skeleton
+from causal_compress.understand.cost import count_macs
+from causal_compress.understand.trace import Network, trace
+
+Models = Sequence[tuple[nn.Module, Tensor]]
+SHORT = {"budget": {"macs": None, "latency_ms": {"keep": 0.7}, "max_accuracy_drop": None}, "distill": None}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A small network and all that was measured of it."""
+
+    network: Network
+    candidates: Candidates
+    effects: Effects
+    groups: Groups
+
+    def plan(self, keep: float, timer: Timer) -> Plan:
+        section = LatencySection(keep=keep)
+        table = measure_latency(self.network, self.candidates, section, timer)
+        budget = BudgetSection(latency_ms=section)
+        measured = (self.candidates, self.effects, self.groups)
+        return plan_for_latency(self.network, *measured, budget, PlanSection(), table, timer)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(digits_recipe(None), tmp_path_factory.mktemp("teacher") / "weights.safetensors", epochs=2)
+
+
+@pytest.fixture(scope="module")
+def known(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Known:
+    recipe = digits_recipe(weights)
+    folder = tmp_path_factory.mktemp("analysis") / "run"
+    analyze(recipe, folder)
+    network = trace(build_model(recipe.model), load_data(recipe.data, seed=0).example_input)
+    return Known(
+        network,
+        read_result(folder, "candidates", Candidates),
+        read_result(folder, "intervene", Effects),
+        read_result(folder, "group", Groups),
+    )
+
+
+def convolutions(network: nn.Module) -> float:
+    """As if every convolution took a millisecond, whatever its width."""
+    return float(sum(isinstance(module, nn.Conv2d) for module in network.modules()))
+
+
+def each(time: Callable[[nn.Module], float]) -> Timer:
+    def timer(models: Models) -> list[float]:
+        return [time(model) + 0.01 for model, _ in models]
+
+    return timer
+
+
+def test_where_width_saves_no_time_a_plan_merges(known: Known) -> None:
+    plan = known.plan(0.75, each(convolutions))
+    assert "merge" in {decision.kind for decision in plan.decisions}
+    assert not any("narrow" in decision.kind for decision in plan.decisions)
+    assert plan.latency_measured is not None
+    assert plan.latency_measured <= 0.75
+    whole = convolutions(known.network.graph)
+    assert plan.latency_measured == pytest.approx(convolutions(skeleton(known.network, plan)) / whole, abs=0.01)
+
+
+def test_where_time_is_macs_latency_and_macs_agree(known: Known) -> None:
+    example = known.network.example_input[:1]
+
+    def timer(models: Models) -> list[float]:
+        return [count_macs(model, x[:1]) / 1e3 + 1e-9 for model, x in models]
+
+    plan = known.plan(0.6, timer)
+    assert plan.latency == pytest.approx(plan.macs, abs=0.02)
+    assert count_macs(skeleton(known.network, plan), example) == pytest.approx(
+        sum(decision.macs_after for decision in plan.decisions), rel=0.01
+    )
+
+
+def test_a_network_slower_than_its_parts_is_planned_smaller(known: Known) -> None:
+    whole = known.network.example_input.shape
+
+    def timer(models: Models) -> list[float]:
+        """Whole networks that are not the teacher take a third longer than their parts do."""
+        slow = [1.33 if x.shape == whole and model is not known.network.graph else 1.0 for model, x in models]
+        return [count_macs(model, x[:1]) / 1e3 * factor for (model, x), factor in zip(models, slow, strict=True)]
+
+    plan = known.plan(0.6, timer)
+    assert plan.latency_measured is not None
+    assert plan.latency is not None
+    assert plan.latency_measured <= 0.6
+    assert plan.latency < 0.5
+
+
+def test_too_little_time_is_refused(known: Known) -> None:
+    with pytest.raises(BudgetError, match="latency"):
+        known.plan(0.01, each(convolutions))
+
+
+def test_equal_parts_are_timed_once(known: Known) -> None:
+    seen: list[int] = []
+
+    def timer(models: Models) -> list[float]:
+        seen.append(len(models))
+        return [1.0 + index for index in range(len(models))]
+
+    table = measure_latency(known.network, known.candidates, LatencySection(keep=0.5), timer)
+    assert seen == [table.parts]
+    assert table.parts < len(known.candidates.rows)
+    assert len(table.ms) == len(known.candidates.rows)
+    assert all(ms > 0 for ms in table.ms)
+
+
+def test_times_are_medians_of_the_runtime(known: Known) -> None:
+    small, large = nn.Conv2d(4, 4, 3, padding=1).eval(), nn.Sequential(*[nn.Conv2d(64, 64, 3) for _ in range(4)]).eval()
+    inputs = [Tensor(2, 4, 16, 16), Tensor(2, 64, 32, 32)]
+    fast, slow = time_models(list(zip([small, large], inputs, strict=True)), LatencySection(keep=0.5))
+    assert 0 < fast < slow
+
+
+@pytest.fixture(scope="module")
+def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scorecard]:
+    folder = tmp_path_factory.mktemp("latency") / "run"
+    recipe = digits_recipe(weights, **SHORT, benchmark={"runtimes": ["onnxruntime"], "batches": [1]})
+    return folder, compress(recipe, folder).scorecard
+
+
+def test_the_whole_way_within_a_latency(finished: tuple[Path, Scorecard]) -> None:
+    folder, scorecard = finished
+    plan = read_result(folder, "plan", Plan)
+    assert plan.latency_measured is not None
+    assert plan.latency_measured <= 0.7
+    assert "latency kept on onnxruntime, batch 1, 1 thread(s)" in " ".join(scorecard.reasons)
+    stages = [stage["stage"] for stage in json.loads((folder / "run.json").read_text())["stages"]]
+    assert stages.index("candidates") < stages.index("latency") < stages.index("plan")
+
+
+def test_verdicts_on_latency(finished: tuple[Path, Scorecard]) -> None:
+    rows = finished[1].rows
+    student = next(row for row in rows if row.model == "student")
+    share = 1.0 / np.array(student.speedup_ci)
+    for keep, expected in ((share.max() * 1.05, "PASS"), (share.min() * 0.95, "FAIL")):
+        budget = BudgetSection(latency_ms=LatencySection(keep=min(float(keep), 1.0)))
+        assert verdict(rows, budget)[0] == expected
+    elsewhere = BudgetSection(latency_ms=LatencySection(keep=0.5, batch=512))
+    outcome, reasons = verdict(rows, elsewhere)
+    assert outcome == "INCONCLUSIVE"
+    assert "was not measured" in " ".join(reasons)

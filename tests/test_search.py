@@ -1,0 +1,114 @@
+"""The search for the smallest network within a drop: on made-up curves, and once the whole way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_runs import digits_recipe, train
+
+from causal_compress.pipeline import compress
+from causal_compress.recipe import BudgetSection, LatencySection, SearchSection
+from causal_compress.results import Pareto, SearchPoint
+from causal_compress.runs import read_result
+from causal_compress.shrink.search import front_of, search, searches
+
+
+def point(asked: float, drop: float) -> SearchPoint:
+    return SearchPoint(
+        asked_macs=asked,
+        macs=asked * 0.99,
+        params=asked,
+        heldout_kl=0.1,
+        drop_pp=drop,
+        drop_ci_pp=(drop - 0.2, drop + 0.2),
+        n=1000,
+        epochs=0,
+        seconds=1.0,
+    )
+
+
+def falling(curve: Callable[[float], float]) -> Callable[[float], SearchPoint]:
+    return lambda share: point(share, curve(share))
+
+
+@given(st.floats(0.08, 0.95), st.integers(4, 9))
+def test_the_search_closes_in_on_where_the_drop_begins(edge: float, points: int) -> None:
+    curve = falling(lambda share: 0.0 if share >= edge else 5.0)
+    found = search(curve, SearchSection(points=points), limit_pp=1.0, least=0.05)
+    assert len(found.points) <= points
+    assert found.points[0].asked_macs == 0.5
+    tried = [p.asked_macs for p in found.points]
+    if any(share >= edge for share in tried):
+        assert found.met
+        chosen = found.points[found.chosen].asked_macs
+        assert chosen == min(share for share in tried if share >= edge)
+        # Each point halves the interval, on a logarithmic scale, that began between 0.05 and 1.
+        assert chosen / edge <= max(1.07, (1.0 / 0.05) ** (0.5 ** (points - 1)) * 1.001)
+    else:
+        assert not found.met
+
+
+def test_where_nothing_holds_the_point_that_lost_least_is_kept() -> None:
+    found = search(falling(lambda share: 9.0 - 5.0 * share), SearchSection(points=4), limit_pp=1.0, least=0.1)
+    assert not found.met
+    assert found.chosen == max(range(4), key=lambda index: found.points[index].asked_macs)
+    assert "none of 4 points" in found.reason
+
+
+def test_no_point_below_what_is_possible() -> None:
+    found = search(falling(lambda _: 0.0), SearchSection(points=8), limit_pp=1.0, least=0.4)
+    assert all(p.asked_macs >= 0.4 for p in found.points)
+    assert found.points[found.chosen].asked_macs < 0.45
+    assert len(found.points) < 8
+
+
+def test_the_front_leaves_out_what_is_beaten() -> None:
+    points = [point(0.5, 0.1), point(0.3, 2.0), point(0.4, 2.5), point(0.2, 4.0)]
+    assert front_of(points) == (3, 1, 0)
+
+
+def test_only_a_drop_alone_leaves_the_size_open() -> None:
+    assert searches(BudgetSection(max_accuracy_drop=0.5))
+    assert not searches(BudgetSection())
+    assert not searches(BudgetSection(max_accuracy_drop=0.5, macs=0.5))
+    assert not searches(BudgetSection(max_accuracy_drop=0.5, params=0.5))
+    assert not searches(BudgetSection(max_accuracy_drop=0.5, latency_ms=LatencySection(keep=0.5)))
+
+
+def begun(folder: Path) -> list[str]:
+    """When the stages of an analysis began."""
+    stages = json.loads((folder / "run.json").read_text())["stages"]
+    return [stage["started"] for stage in stages if stage["stage"] in {"teacher", "intervene", "group", "candidates"}]
+
+
+def test_the_whole_way_from_a_drop_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = train(digits_recipe(None), tmp_path / "teacher.safetensors", epochs=3)
+    recipe = digits_recipe(
+        weights,
+        budget={"macs": None, "max_accuracy_drop": 30.0},
+        search={"points": 2, "epochs": 0},
+        distill=None,
+        benchmark={"runtimes": ["torch"], "batches": [1]},
+    )
+    outcome = compress(recipe, tmp_path / "run")
+    pareto = read_result(tmp_path / "run", "search", Pareto)
+    assert len(pareto.points) == 2
+    assert {path.name for path in (tmp_path / "run" / "points").iterdir()} == {
+        f"{p.asked_macs:.4f}" for p in pareto.points
+    }
+    student = next(row for row in outcome.scorecard.rows if row.model == "student")
+    teacher = next(row for row in outcome.scorecard.rows if row.model == "teacher")
+    assert student.macs / teacher.macs == pytest.approx(pareto.points[pareto.chosen].macs, abs=0.01)
+    assert begun(tmp_path / "run" / "points" / "0.5000") == begun(tmp_path / "run")  # taken over, not repeated
+
+    def again(*_: object) -> None:
+        raise AssertionError("a finished search was done again")
+
+    monkeypatch.setattr("causal_compress.searching.attempt", again)
+    (tmp_path / "run" / "scorecard.json").unlink()
+    assert compress(recipe, tmp_path / "run").scorecard == outcome.scorecard
