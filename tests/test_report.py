@@ -228,19 +228,19 @@ def test_a_report_of_the_first_schema_is_still_read() -> None:
     old["schema"], old["groups"]["random_init_cka_mean"] = 1, None
     del old["distilled"]["compiled"]
     read = read_report_json(json.dumps(old))
-    assert read == sample()
+    assert report_json(read) == report_json(sample())  # as text, since NaN is not equal to itself
     assert "No audit was part of this run" in build_report(read)
 
 
 @pytest.mark.parametrize("text", ['{"schema": 3}', "[]", "no JSON", '{"schema": 2, "plan": 1}'])
 def test_another_form_of_report_is_refused(text: str) -> None:
-    with pytest.raises(RunFolderError, match="report.json"):
+    with pytest.raises(RunFolderError, match=r"report\.json"):
         read_report_json(text)
 
 
 def test_all_that_came_later_round_trips_and_stays_small(full: str) -> None:
     text = report_json(full_sample())
-    assert read_report_json(text) == full_sample()
+    assert report_json(read_report_json(text)) == text
     assert len(full.encode()) < 500_000
     page = Page(full)
     assert page.bad == []

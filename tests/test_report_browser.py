@@ -79,12 +79,8 @@ def test_hostile_names_stay_text(visit: Callable[..., Any], file: Path) -> None:
     page = visit()
     assert page.heard == [file.as_uri()]
     assert page.locator("script").count() == 0
-    assert (
-        page.evaluate(
-            "[...document.querySelectorAll('*')].flatMap(e => [...e.attributes]).filter(a => /^on/i.test(a.name)).length"
-        )
-        == 0
-    )
+    names = page.evaluate("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())")
+    assert not [name for name in names if name.lower().startswith("on")]
     assert page.evaluate("[...document.images].every(i => i.src.startsWith('data:image/png') && i.naturalWidth > 0)")
     shown = page.locator("#audit").text_content()
     assert HOSTILE in shown

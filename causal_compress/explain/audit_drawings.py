@@ -63,7 +63,7 @@ def corruptions(rows: Sequence[CorruptionRow]) -> Markup | None:
         steps = [*plain, *sorted((r for r in rows if r.corruption == kind), key=lambda r: r.severity)]
         teacher = tuple(_spot(i, row.compared.teacher) for i, row in enumerate(steps))
         student = tuple(_spot(i, row.compared.student) for i, row in enumerate(steps))
-        shown.append(Panel(kind.capitalize(), teacher, student))
+        shown.append(Panel("JPEG" if kind == "jpeg" else kind.capitalize(), teacher, student))
     desc = f"Accuracy of teacher and student under {', '.join(kinds)}, from untouched (0) to severe."
     caption = Caption("fig-corruptions", "Accuracy on disturbed inputs", desc)
     return estimates.panels(caption, shown, ("severity", "Accuracy [%]"))

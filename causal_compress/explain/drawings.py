@@ -94,7 +94,7 @@ def before_and_after(effects: Effects, plan: Plan, ranges: Ranges) -> Markup:
     merged = sum(span.last > span.first for span in spans)
     desc = (
         f"Above, {len(effects.chain.regions)} regions of the teacher in {len(ranges)} causal nodes, fuller where the "
-        f"causal effect is larger. Below, the student's {len(spans)} parts; {merged} of them stand for several regions each."
+        f"causal effect is larger. Below, the student's {len(spans)} parts; {merged} stand for several regions each."
     )
     shades = [by_site.get(region.name) for region in effects.chain.regions]
     caption = Caption("fig-merged", "The network before and after", desc)
