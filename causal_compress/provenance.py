@@ -74,6 +74,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def place() -> dict[str, Any]:
+    """The machine as far as latencies depend on it; what was timed on another one is timed again."""
+    here = machine()
+    return {"cpu": here["cpu"], "gpus": here["gpus"]}
+
+
 @dataclass
 class Peak:
     """Peak resident memory of this process [bytes]; final when the `with` of `peak_memory` has ended."""

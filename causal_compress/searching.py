@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from causal_compress.deploy.benchmark import Pair, count_agreement
 from causal_compress.deploy.runtimes import TorchRuntime
+from causal_compress.errors import BudgetError, NumericalError
 from causal_compress.recipe import Recipe
-from causal_compress.results import Candidates, Pareto, SearchPoint
+from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint
 from causal_compress.runs import Run, open_run
 from causal_compress.shrink.plan import least_macs
 from causal_compress.shrink.search import search, searches
@@ -18,8 +21,10 @@ from causal_compress.shrink.surgery import Student
 from causal_compress.stages import Understood, recover, shrink_depth, shrink_width, understand
 from causal_compress.understand.statistics import paired_drop
 
+logger = logging.getLogger(__name__)
 
-def settle(run: Run, recipe: Recipe, candidates: Candidates) -> Recipe:
+
+def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[RegionInfo]) -> Recipe:
     """The recipe with the smallest share of MACs whose drop of accuracy, on validation data, lies within the budget."""
     if not searches(recipe.budget):
         return recipe
@@ -29,10 +34,10 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates) -> Recipe:
         "search",
         Pareto,
         lambda _: search(
-            lambda share: attempt(run.folder, recipe, share),
+            lambda share: _attempt_or_none(run.folder, recipe, share),
             recipe.search,
             limit_pp=limit,
-            least=least_macs(candidates, recipe.plan),
+            least=least_macs(candidates, recipe.plan, regions),
         ),
         depends={
             "candidates": run.key_of("candidates"),
@@ -45,6 +50,14 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates) -> Recipe:
     run.write_json("pareto.json", pareto)
     share = pareto.points[pareto.chosen].asked_macs
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
+
+
+def _attempt_or_none(folder: Path, recipe: Recipe, share: float) -> SearchPoint | None:
+    try:
+        return attempt(folder, recipe, share)
+    except (BudgetError, NumericalError) as error:
+        logger.warning("search: %.3f of the MACs can't be carried out: %s", share, error.what)
+        return None
 
 
 def attempt(folder: Path, recipe: Recipe, share: float) -> SearchPoint:

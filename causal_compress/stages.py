@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
-from causal_compress.deploy.latency import time_models
+from causal_compress.deploy.latency import covering, time_models
 from causal_compress.deploy.onnx import export
 from causal_compress.deploy.quantize import quantize
 from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown, seen_in_training
@@ -26,9 +26,10 @@ from causal_compress.errors import UsageError
 from causal_compress.explain.audit import audit
 from causal_compress.explain.examples import Examples, find_disagreements
 from causal_compress.explain.report import ReportInput, build_report, report_json
+from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model, checkpoint_sha256
-from causal_compress.provenance import machine
+from causal_compress.provenance import place
 from causal_compress.recipe import Recipe
 from causal_compress.recover.distill import distill, resolve_device
 from causal_compress.results import (
@@ -44,6 +45,7 @@ from causal_compress.results import (
     Pareto,
     Plan,
     Quantized,
+    RegionInfo,
     Scorecard,
     Skip,
     Surgery,
@@ -63,7 +65,13 @@ from causal_compress.shrink.undo import whole_regions
 from causal_compress.understand.cost import count_macs, count_params
 from causal_compress.understand.group import group
 from causal_compress.understand.intervene import intervene
-from causal_compress.understand.teacher import accuracy, refuse_near_chance, score_teacher, weights_sha256
+from causal_compress.understand.teacher import (
+    accuracy,
+    refuse_near_chance,
+    score_teacher,
+    structure_sha256,
+    weights_sha256,
+)
 from causal_compress.understand.trace import Network, trace
 
 WEIGHTS = "student.safetensors"
@@ -71,7 +79,7 @@ SURGERY = "surgery.json"
 _ANY_PLAN = {"depth": True, "width": True}  # both are always measured, so one analysis serves every plan
 
 
-Settle = Callable[[Run, Recipe, Candidates], Recipe]
+Settle = Callable[[Run, Recipe, Candidates, Sequence[RegionInfo]], Recipe]
 T = TypeVar("T")
 
 
@@ -120,7 +128,12 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
     network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
     whole_regions(recipe.plan.undo, network.chain().regions)  # a node that is not there is refused before any work
     run.note_inputs(checkpoint_sha256=checkpoint_sha256(recipe.model), data_sha256=data.fingerprint)
-    inputs = {"weights": weights_sha256(network.graph), "data": data.fingerprint, "seed": recipe.seed}
+    inputs = {
+        "weights": weights_sha256(network.graph),
+        "structure": structure_sha256(network.graph),
+        "data": data.fingerprint,
+        "seed": recipe.seed,
+    }
 
     teacher = run.stage("teacher", TeacherScore, lambda _: score_teacher(network, data), depends=inputs)
     refuse_near_chance(teacher, recipe.data, force=force)
@@ -146,7 +159,7 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
             "plan": recipe.plan.model_copy(update=_ANY_PLAN).model_dump(exclude={"undo"}),
         },
     )
-    settled = recipe if settle is None else settle(run, recipe, candidates)
+    settled = recipe if settle is None else settle(run, recipe, candidates, effects.chain.regions)
     plan = decide(run, settled, network, (candidates, effects, groups))
     return Understood(data, network, teacher, effects, groups, candidates, plan, probe, recipe.plan.temperature)
 
@@ -163,7 +176,7 @@ def decide(run: Run, recipe: Recipe, network: Network, known: tuple[Candidates, 
     if section is None:
         return run.stage("plan", Plan, lambda _: make_plan(*known, recipe.budget, recipe.plan), depends=depends)
     timer = partial(time_models, section=section)
-    where = {"runtime": section.runtime, "batch": section.batch, "threads": section.threads, "machine": machine()}
+    where = {"runtime": section.runtime, "batch": section.batch, "threads": section.threads, **place()}
     table = run.stage(
         "latency",
         LatencyTable,
@@ -287,7 +300,7 @@ def shrink_bits(run: Run, recipe: Recipe, known: Understood, student: Student, e
         "quantize",
         Quantized,
         lambda scratch: quantize(student.graph, run.folder / exported.onnx, known.data, section, scratch),
-        depends={"export": run.key_of("export"), "quantize": section},
+        depends={"export": run.key_of("export"), "quantize": section, **place()},
     )
 
 
@@ -295,7 +308,7 @@ def score(
     run: Run, recipe: Recipe, known: Understood, student: Student, files: tuple[Exported, Quantized | None]
 ) -> Scorecard:
     """Benchmark teacher, student and the student's INT8 form; the only place where the test split is read."""
-    section = recipe.benchmark
+    section = recipe.benchmark if recipe.benchmark is None else covering(recipe.benchmark, recipe.budget.latency_ms)
     if section is None:
         reasons = ("the benchmark was skipped (benchmark: null), so nothing was measured",)
         scorecard = Scorecard(verdict="INCONCLUSIVE", reasons=reasons, notes=(), rows=())
@@ -311,6 +324,7 @@ def score(
                 "export": run.key_of("export"),
                 "benchmark": section,
                 "budget": recipe.budget,
+                **place(),
                 **({} if recipe.quantize is None else {"quantize": run.key_of("quantize")}),
             },
         )
@@ -342,7 +356,7 @@ def check_harm(run: Run, recipe: Recipe, known: Understood, student: Student) ->
         "audit",
         Audit,
         lambda _: audit(known.network, student, known.data, section, seed=recipe.seed),
-        depends={"export": run.key_of("export"), "audit": section},
+        depends={"export": run.key_of("export"), "audit": section, "groups": callable_sha256(section.groups)},
     )
 
 

@@ -174,6 +174,20 @@ def test_validation_from_the_test_split_leaves_it_disjoint(tmp_path: Path) -> No
     assert usual.fingerprint != data.fingerprint
 
 
+def test_validation_from_the_test_split_is_stratified_and_max_test_is_kept(tmp_path: Path) -> None:
+    x, y = images(480, classes=4)
+    y_test = np.sort(y[240:])  # as folders of images give them, class by class
+    arrays = {"x_train": x[:240], "y_train": y[:240], "x_test": x[240:], "y_test": y_test}
+    data = load(npz(tmp_path, **arrays), calibration=40, validation=80, validation_from="test", max_test=100)
+    assert len(data.validation) == 80
+    assert len(data.test) == 100
+    for split in (data.validation, data.test):
+        assert np.bincount(split.labels[:20], minlength=4).tolist() == [5, 5, 5, 5]
+    assert not {row.tobytes() for row in data.validation.show(range(80))} & {
+        row.tobytes() for row in data.test.show(range(100))
+    }
+
+
 def test_validation_from_a_test_split_that_is_not_there(tmp_path: Path) -> None:
     x, y = images(100)
     assert "test split of its own" in fault(npz(tmp_path, x=x, y=y), validation_from="test")

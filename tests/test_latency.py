@@ -12,13 +12,13 @@ import pytest
 from small_runs import digits_recipe, train
 from torch import Tensor, nn
 
-from causal_compress.deploy.latency import time_models
+from causal_compress.deploy.latency import covering, time_models
 from causal_compress.deploy.scorecard import verdict
 from causal_compress.errors import BudgetError
 from causal_compress.inputs.data import load_data
 from causal_compress.inputs.models import build_model
 from causal_compress.pipeline import analyze, compress
-from causal_compress.recipe import BudgetSection, LatencySection, PlanSection
+from causal_compress.recipe import BenchmarkSection, BudgetSection, LatencySection, PlanSection
 from causal_compress.results import Candidates, Effects, Groups, Plan, Scorecard
 from causal_compress.runs import read_result
 from causal_compress.shrink.latency import Timer, measure_latency, plan_for_latency, skeleton
@@ -118,6 +118,22 @@ def test_a_network_slower_than_its_parts_is_planned_smaller(known: Known) -> Non
 def test_too_little_time_is_refused(known: Known) -> None:
     with pytest.raises(BudgetError, match="latency"):
         known.plan(0.01, each(convolutions))
+
+
+def test_another_budget_that_cannot_be_met_is_not_blamed_on_latency(known: Known) -> None:
+    section = LatencySection(keep=0.9)
+    table = measure_latency(known.network, known.candidates, section, each(convolutions))
+    budget = BudgetSection(latency_ms=section, macs=0.001)
+    measured = (known.candidates, known.effects, known.groups)
+    with pytest.raises(BudgetError, match=r"budget\.macs: 0\.001"):
+        plan_for_latency(known.network, *measured, budget, PlanSection(), table, each(convolutions))
+
+
+def test_what_a_latency_budget_names_is_measured_too() -> None:
+    section = BenchmarkSection(runtimes=["torch"], batches=[1, 64], threads=[2])
+    wider = covering(section, LatencySection(keep=0.5, batch=8))
+    assert (wider.runtimes, wider.batches, wider.threads) == (["torch", "onnxruntime"], [1, 64, 8], [2, 1])
+    assert covering(section, None) == section
 
 
 def test_equal_parts_are_timed_once(known: Known) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import digits_recipe, train
 
+from causal_compress.errors import BudgetError
 from causal_compress.pipeline import compress
 from causal_compress.recipe import BudgetSection, LatencySection, SearchSection
 from causal_compress.results import Pareto, SearchPoint
@@ -58,6 +59,16 @@ def test_where_nothing_holds_the_point_that_lost_least_is_kept() -> None:
     assert not found.met
     assert found.chosen == max(range(4), key=lambda index: found.points[index].asked_macs)
     assert "none of 4 points" in found.reason
+
+
+def test_sizes_that_cannot_be_carried_out_count_as_too_small() -> None:
+    found = search(
+        lambda share: None if share < 0.4 else point(share, 0.0), SearchSection(points=6), limit_pp=1.0, least=0.05
+    )
+    assert found.met
+    assert 0.4 <= found.points[found.chosen].asked_macs < 0.45
+    with pytest.raises(BudgetError, match="no size"):
+        search(lambda _: None, SearchSection(points=3), limit_pp=1.0, least=0.05)
 
 
 def test_no_point_below_what_is_possible() -> None:

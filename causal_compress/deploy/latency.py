@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.runtimes import OnnxRuntime
 from causal_compress.progress import progress
-from causal_compress.recipe import LatencySection
+from causal_compress.recipe import BenchmarkSection, LatencySection
 
 _WARM_UP = 5
 _FEWEST_ROUNDS, _MOST_ROUNDS = 30, 300
@@ -60,3 +60,12 @@ def _medians(runs: Sequence[tuple[OnnxRuntime, NDArray[np.float32]]]) -> list[fl
         if turn + 1 >= _FEWEST_ROUNDS and time.perf_counter() > end:
             break
     return [float(np.median(times)) for times in taken]
+
+
+def covering(section: BenchmarkSection, limit: LatencySection | None) -> BenchmarkSection:
+    """What is measured, and beside it the runtime, batch size and threads that a budget on latency names."""
+    if limit is None:
+        return section
+    named = {"runtimes": limit.runtime, "batches": limit.batch, "threads": limit.threads}
+    wider = {key: list(dict.fromkeys([*getattr(section, key), value])) for key, value in named.items()}
+    return section.model_copy(update=wider)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from causal_compress.errors import UsageError
+from causal_compress.files import sha256_of_file
 
 
 def load_callable(text: str, *, option: str) -> Callable[..., Any]:
@@ -147,3 +148,9 @@ def _public_callables(module: ModuleType) -> str:
 def _did_you_mean(name: str, module: ModuleType) -> str:
     close = difflib.get_close_matches(name, _names(module), n=1)
     return f"did you mean '{close[0]}'?" if close else ""
+
+
+def callable_sha256(name: str | None) -> str | None:
+    """Fingerprint of the file in FILE.py:CALLABLE, so that an edited function is called again; else None."""
+    file = Path((name or "").rpartition(":")[0])
+    return sha256_of_file(file) if file.suffix == ".py" and file.is_file() else None

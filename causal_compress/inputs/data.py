@@ -207,9 +207,9 @@ def _split(source: Source, section: DataSection, seed: int) -> _Parts:
         test = np.arange(len(source.test_labels))
         if section.max_test is not None and section.max_test < len(test):
             test = _stratified_order(source.test_labels, rng)[: section.max_test]
-    from_test = _validation_of_test(source, section, rng) if section.validation_from == "test" else None
-    if from_test is not None:
-        test = np.setdiff1d(test, from_test)
+    from_test = None
+    if section.validation_from == "test":
+        from_test, test = _validation_of_test(source, section, rng)
     if len(test) == 0 or len(pool) < _MIN_POOL:
         raise DataError(
             f"{section.source} is too small to be split",
@@ -224,16 +224,18 @@ def _split(source: Source, section: DataSection, seed: int) -> _Parts:
     return _Parts(chosen[2][: section.max_train], chosen[0], chosen[1] if from_test is None else from_test, test)
 
 
-def _validation_of_test(source: Source, section: DataSection, rng: np.random.Generator) -> Positions:
-    """Rows of the source's own test split that serve as validation, at most half of it."""
-    if source.test_labels is None:
+def _validation_of_test(source: Source, section: DataSection, rng: np.random.Generator) -> tuple[Positions, Positions]:
+    """Rows of the source's own test split that serve as validation, at most half of it, and those that stay test."""
+    if source.test_labels is None or len(source.test_labels) < 2:
         raise DataError(
             "data.validation_from: test needs a source with a test split of its own",
-            found=f"{section.source} has none",
+            found=f"{section.source} has {'none' if source.test_labels is None else 'one of a single input'}",
             remedy="leave validation_from at train: validation is then held out of the same rows as everything else",
         )
     order = _stratified_order(source.test_labels, rng)
-    return np.sort(order[: min(section.validation, len(order) // 2)])
+    count = min(section.validation, len(order) // 2)
+    rest = order[count:][: section.max_test]
+    return order[:count], rest if section.max_test is not None else np.sort(rest)
 
 
 def _held_out_sizes(calibration: int, validation: int, pool: int) -> tuple[int, int]:

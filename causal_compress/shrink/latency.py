@@ -163,6 +163,8 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
         try:
             plan = make_plan(candidates, effects, groups, aimed, section, table)
         except BudgetError:
+            if turn == 0:
+                raise
             break
         kept = _time_whole(network, plan, timer)
         logger.info("plan: %.3f of the latency predicted, %.3f measured, %.3f wanted", plan.latency, kept, wanted)

@@ -27,6 +27,7 @@ from causal_compress.results import (
     Groups,
     LatencyTable,
     Plan,
+    RegionInfo,
     Skip,
 )
 from causal_compress.shrink.undo import leaves_whole, whole_regions
@@ -111,9 +112,9 @@ def make_plan(
     )
 
 
-def least_macs(candidates: Candidates, section: PlanSection) -> float:
+def least_macs(candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]) -> float:
     """The smallest share of the teacher's MACs that any plan can reach."""
-    rows, prices = allowed(candidates, price(candidates), section)
+    rows, prices = allowed(candidates, price(candidates), section, whole_regions(section.undo, regions))
     return front(rows, prices, _mixtures(["macs"])[0])[0].macs
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
+from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, SearchSection
 from causal_compress.results import Pareto, SearchPoint
 
@@ -22,11 +23,14 @@ def searches(budget: BudgetSection) -> bool:
     return budget.max_accuracy_drop is not None and all(cost is None for cost in costs)
 
 
-def search(attempt: Callable[[float], SearchPoint], section: SearchSection, *, limit_pp: float, least: float) -> Pareto:
+def search(
+    attempt: Callable[[float], SearchPoint | None], section: SearchSection, *, limit_pp: float, least: float
+) -> Pareto:
     """Bisect the share of MACs, on a logarithmic scale, by the drop that each point is measured to cost.
 
     Args:
-        attempt: Compresses to a share of the teacher's MACs, recovers briefly, and measures on validation data.
+        attempt: Compresses to a share of the teacher's MACs, recovers briefly, and measures on validation data; None
+            where that can't be done, which counts as too small.
         section: How many points at most.
         limit_pp: Largest drop of accuracy [pp].
         least: Smallest share of MACs that any plan can reach.
@@ -35,27 +39,37 @@ def search(attempt: Callable[[float], SearchPoint], section: SearchSection, *, l
         Every point, the Pareto front among them, and the smallest point within the limit; where there is none, the one
         that lost least.
 
+    Raises:
+        BudgetError: nothing that was tried could be carried out.
+
     Limits: takes the drop to rise as the share falls; noise of a small validation split can mislead it by a step.
     """
     points: list[SearchPoint] = []
     fails, holds = min(least, 1.0), 1.0
     share = max(_FIRST, math.sqrt(fails))
-    while len(points) < section.points:
+    for _ in range(section.points):
         point = attempt(share)
-        points.append(point)
-        within = point.drop_pp <= limit_pp
-        logger.info(
-            "search: %.3f of the MACs: drop %.2f pp (95 %% interval %.2f to %.2f, n = %d), %s",
-            point.macs,
-            point.drop_pp,
-            *point.drop_ci_pp,
-            point.n,
-            "tighter next" if within else "back off",
-        )
+        within = point is not None and point.drop_pp <= limit_pp
+        if point is not None:
+            points.append(point)
+            logger.info(
+                "search: %.3f of the MACs: drop %.2f pp (95 %% interval %.2f to %.2f, n = %d), %s",
+                point.macs,
+                point.drop_pp,
+                *point.drop_ci_pp,
+                point.n,
+                "tighter next" if within else "back off",
+            )
         fails, holds = (fails, share) if within else (share, holds)
         if holds / fails < _NEAR:
             break
         share = math.sqrt(fails * holds)
+    if not points:
+        raise BudgetError(
+            "no size could be carried out",
+            found=f"{section.points} shares of MACs tried, the largest {share:.3f}",
+            remedy="set budget.macs to a larger share, or look at the warnings above",
+        )
     return _judged(points, limit_pp)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from causal_compress.errors import TeacherError, TraceError
 from causal_compress.inputs.data import Data, Split
@@ -26,6 +26,23 @@ def weights_sha256(model: nn.Module) -> str:
             if value.ndim
             else repr(value.item()).encode()
         )
+    return digest.hexdigest()
+
+
+def structure_sha256(graph: fx.GraphModule) -> str:
+    """Fingerprint of what a network computes with its weights: operations, arguments and settings of modules.
+
+    Args:
+        graph: Traced; the same source gives the same fingerprint in every process.
+    """
+    digest = hashlib.sha256()
+    for node in graph.graph.nodes:
+        target = (
+            node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", type(node.target))
+        )
+        digest.update(f"{node.name} {node.op} {target} {node.args} {node.kwargs}\n".encode())
+    for path, module in graph.named_modules():
+        digest.update(f"{path} {type(module).__qualname__} {module.extra_repr()}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,84 @@
+"""The teacher's fingerprints, and the warning where it has seen its own validation inputs."""
+
+from __future__ import annotations
+
+import torch
+from tiny import Residual
+from torch import nn
+
+from causal_compress.deploy.scorecard import seen_in_training
+from causal_compress.results import Scorecard, ScoreRow, TeacherScore
+from causal_compress.understand.statistics import wilson
+from causal_compress.understand.teacher import structure_sha256, weights_sha256
+from causal_compress.understand.trace import trace
+
+
+class Net(nn.Module):
+    def __init__(self, *, active: bool = True, slope: float = 0.0, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=stride)
+        self.act = nn.LeakyReLU(slope)
+        self.fc = nn.Linear(4, 2)
+        self.active = active
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        x = torch.relu(x) if self.active else x
+        return self.fc(self.act(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def fingerprints(**settings: float) -> tuple[str, str]:
+    torch.manual_seed(0)
+    graph = trace(Net(**settings).eval(), torch.randn(2, 3, 8, 8)).graph  # type: ignore[arg-type]
+    return weights_sha256(graph), structure_sha256(graph)
+
+
+def test_equal_weights_in_another_function_are_another_network() -> None:
+    usual = fingerprints()
+    assert usual == fingerprints()
+    for changed in ({"active": False}, {"slope": 0.1}, {"stride": 2}):
+        weights, structure = fingerprints(**changed)
+        assert weights == usual[0]
+        assert structure != usual[1]
+
+
+def test_the_fingerprint_of_a_structure_does_not_hang_on_addresses() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    first, second = (structure_sha256(trace(Residual().eval(), x).graph) for _ in range(2))
+    assert first == second
+
+
+def scored(validation_right: int, test_pct: float) -> str | None:
+    row = ScoreRow(
+        model="teacher",
+        runtime="torch",
+        precision="fp32",
+        batch=1,
+        threads=1,
+        accuracy_pct=test_pct,
+        n=10_000,
+        drop_pp=0.0,
+        drop_ci_pp=(0.0, 0.0),
+        params=1,
+        macs=1,
+        size_bytes=1,
+        latency_ms_p50=1.0,
+        latency_ms_p95=1.0,
+        latency_ms_p99=1.0,
+        throughput_per_s=1.0,
+        peak_memory_bytes=None,
+        speedup=1.0,
+        speedup_ci=(1.0, 1.0),
+    )
+    teacher = TeacherScore(
+        accuracy=wilson(validation_right, 2000), chance_pct=10.0, macs=1, params=1, size_bytes=1, classes=10
+    )
+    return seen_in_training(teacher, Scorecard(verdict="PASS", reasons=(), notes=(), rows=(row,)))
+
+
+def test_a_teacher_that_has_seen_its_validation_inputs_is_noticed() -> None:
+    told = scored(1998, 93.4)
+    assert told is not None
+    assert "validation_from: test" in told
+    assert scored(1880, 93.4) is None  # 94.0 %: within what chance allows
+    assert scored(1800, 93.4) is None
