@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ def main() -> None:
     content = {
         "schema": 1,
         "machine": {**machine(), "versions": versions()},
-        "command": f"python {' '.join(sys.argv)}",
+        "command": f"python benchmarks/parity.py --run {given.run.name} --inputs {given.inputs}",
         "rows": rows,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ VARIANTS: dict[str, list[str]] = {
     "width-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.depth=false"],
     "depth-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.width=false"],
     "latency-049": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.49", "plan.align=16"],
+    "latency-052": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.52", "plan.align=16"],
     "distilled-050": ["budget.macs=0.5", "distill.epochs=20"],
 }
 
