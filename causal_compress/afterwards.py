@@ -14,11 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from causal_compress.deploy.benchmark import benchmark, deployed
+from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
 from causal_compress.deploy.bundle import Source, Wish, read_inputs, write_package
 from causal_compress.deploy.gate import Limits, judge
 from causal_compress.deploy.package import load
-from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, input_shape, model_files, read_package
+from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files_of, input_shape, read_package
 from causal_compress.deploy.versus import Evidence, measure_targets
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.audit import audit
@@ -37,6 +37,7 @@ from causal_compress.results import (
     Log,
     Package,
     Plan,
+    Quantized,
     Scorecard,
     Surgery,
     TargetTable,
@@ -79,10 +80,27 @@ def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
     recipe = load_recipe(run_dir / "recipe.resolved.yaml")
     base = (recipe.benchmark or BenchmarkSection()).model_dump()
     chosen = BenchmarkSection(**{**base, **section.model_dump(exclude_unset=True)})
-    data = load_data(recipe.data, seed=recipe.seed)
+    data, quantized = _data_of(run_dir, recipe), _quantized(run_dir)
+    int8 = None if quantized is None else chosen_int8(quantized, run_dir)
     with numerics(recipe):
         models = deployed(exported, run_dir, load(run_dir / exported.teacher_pt2), load(run_dir / exported.pt2))
-        return benchmark(*models, data.test, chosen, recipe.budget)
+        return benchmark(*models, data.test, chosen, recipe.budget, int8=int8)
+
+
+def _data_of(run_dir: Path, recipe: Recipe) -> Data:
+    """A run's data, refused if they are not what the run was made with."""
+    data = load_data(recipe.data, seed=recipe.seed)
+    _same_as_in_run("data", data.fingerprint, read_provenance(run_dir).data_sha256, run_dir)
+    return data
+
+
+def _quantized(run_dir: Path) -> Quantized | None:
+    """The run's INT8 forms, checked against their hashes; None where it has none."""
+    return read_result(run_dir, "quantize", Quantized) if _has(run_dir, "quantize") else None
+
+
+def _has(run_dir: Path, stage: str) -> bool:
+    return any(record.stage == stage for record in read_provenance(run_dir).stages)
 
 
 def export_run(run_dir: Path, wish: Wish, out: Path) -> Package:
@@ -100,9 +118,10 @@ def export_run(run_dir: Path, wish: Wish, out: Path) -> Package:
             folder=run_dir,
             teacher=load(run_dir / exported.teacher_pt2),
             student=load(run_dir / exported.pt2),
-            data=load_data(recipe.data, seed=recipe.seed),
+            data=_data_of(run_dir, recipe),
             prepared=recipe.data,
             parity=recipe.export,
+            quantized=_quantized(run_dir),
         )
         return write_package(source, wish, out)
 
@@ -114,13 +133,14 @@ def gate_run(run: Path, limits: Limits) -> Gated:
         run: A run folder, or the file of a scorecard.
         limits: Largest drop and smallest speed-up, and where.
     """
-    if not run.is_file():
+    file = run if run.is_file() else run / "scorecard.json"
+    if file != run and (_has(run, "benchmark") or not file.is_file()):
         return judge(read_result(run, "benchmark", Scorecard), limits)
-    try:
-        return judge(TypeAdapter(Scorecard).validate_json(run.read_bytes()), limits)
+    try:  # of a run with benchmark: null, scorecard.json is all there is, and says that nothing was measured
+        return judge(TypeAdapter(Scorecard).validate_json(file.read_bytes()), limits)
     except ValidationError as error:
         raise RunFolderError(
-            f"{run} is no scorecard",
+            f"{file} is no scorecard",
             found=error.errors(include_url=False)[0]["msg"],
             remedy="give a run folder, or what causal-compress benchmark RUN --json prints",
         ) from error
@@ -143,8 +163,7 @@ def benchmark_targets(
         precisions: Asked for; empty: all.
         data: A recipe whose data section names labelled inputs; None: those of a package or run among the targets.
     """
-    files = [file for target in targets for file in model_files(target)]
-    entries, skipped = choose_entries(files, runtimes, precisions)
+    entries, skipped = choose_entries(files_of(targets), runtimes, precisions)
     return measure_targets(entries, skipped, section, _evidence(targets, entries, section, data))
 
 
@@ -154,14 +173,15 @@ def _evidence(
     packages = [target for target in targets if (target / PACKAGE).is_file()]
     runs = [target for target in targets if (target / "recipe.resolved.yaml").is_file()]
     if data is None and packages:
-        return _packaged_evidence(packages[0])
-    if data is None and runs:
-        data = load_recipe(runs[0] / "recipe.resolved.yaml")
-    if data is None:
+        return _packaged_evidence(packages)
+    if data is None and not runs:
         rng = np.random.default_rng(0)  # without data only latency is measured, and that hardly hangs on the numbers
         shape = input_shape(entries[0].file)
         return Evidence(rng.standard_normal((max(section.batches), *shape)).astype(np.float32))
-    test = load_data(data.data, seed=data.seed).test
+    if data is None:
+        test = _data_of(runs[0], load_recipe(runs[0] / "recipe.resolved.yaml")).test
+    else:
+        test = load_data(data.data, seed=data.seed).test
     first = next(test.batches(max(section.batches)))[0].numpy()
 
     def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
@@ -170,12 +190,16 @@ def _evidence(
     return Evidence(first, batches)
 
 
-def _packaged_evidence(folder: Path) -> Evidence:
-    package = read_package(folder)
-    stored = read_inputs(folder, package)
-    x, y = stored["inputs"], stored["labels"]
-    names = {f"{model.role} {model.capability}" if model.capability else model.role for model in package.models}
-    expected = {name: stored[f"logits_{name.split()[0]}"].argmax(1) for name in names}
+def _packaged_evidence(folders: Sequence[Path]) -> Evidence:
+    """The first package's inputs; answers are expected of every package that brings the same inputs."""
+    each = {folder: read_inputs(folder, read_package(folder)) for folder in folders}
+    x, y = each[folders[0]]["inputs"], each[folders[0]]["labels"]
+    expected = {
+        (folder, role): stored[f"logits_{role}"].argmax(1)
+        for folder, stored in each.items()
+        for role in ("teacher", "student")
+        if np.array_equal(stored["inputs"], x)
+    }
 
     def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         return ((x[start : start + 64], y[start : start + 64]) for start in range(0, len(x), 64))
@@ -232,10 +256,9 @@ def reopen(run_dir: Path) -> Finished:
         RunFolderError: no finished run, or data or checkpoint are not those of the run any more.
     """
     exported = read_result(run_dir, "export", Exported)
-    recipe, provenance = load_recipe(run_dir / "recipe.resolved.yaml"), read_provenance(run_dir)
-    data = load_data(recipe.data, seed=recipe.seed)
+    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
+    data = _data_of(run_dir, recipe)
     network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
-    _same_as_in_run("data", data.fingerprint, provenance.data_sha256, run_dir)
     with torch.no_grad():
         recorded = load(run_dir / exported.teacher_pt2)(data.example_input)
         now = network.graph(data.example_input)
@@ -256,7 +279,7 @@ def _same_as_in_run(what: str, now: str, then: str | None, run_dir: Path) -> Non
 
 
 def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None = None) -> Audit:
-    """Audit a finished run's student against its teacher, and write audit.json into the run folder.
+    """Audit a finished run's student against its teacher, and write `audit_file` into the run folder.
 
     Args:
         run_dir: A finished run.
@@ -272,8 +295,13 @@ def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None
         stranger = build_model(weights, classes=len(finished.data.classes))
     with numerics(recipe):
         found = audit(finished.network, finished.student, finished.data, section, seed=recipe.seed, apart=stranger)
-    _write(run_dir / "audit.json", found)
+    _write(audit_file(run_dir), found)
     return found
+
+
+def audit_file(run_dir: Path) -> Path:
+    """Where a later audit is written: beside the run's own audit.json, where the run has one."""
+    return run_dir / ("audit-later.json" if _has(run_dir, "audit") else "audit.json")
 
 
 def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = None) -> Bisection:

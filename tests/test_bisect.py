@@ -255,13 +255,15 @@ def test_audit_and_bisect_of_a_finished_run(weights: Path, tmp_path: Path, capsy
     recipe = digits_recipe(weights, distill=None, benchmark=None, audit=audited)
     run = tmp_path / "run"
     compress(recipe, run)
-    before = {path.name for path in run.iterdir()}
+    before, own = {path.name for path in run.iterdir()}, (run / "audit.json").read_bytes()
     apart = ["--apart", str(weights)]
     assert main(["audit", str(run), "--inputs", "120", "--groups", "class", "-q", *apart]) == 0
     told = capsys.readouterr().out
     assert "McNemar" in told
     assert "not measured" in told
-    audit = json.loads((run / "audit.json").read_text())
+    assert (run / "audit.json").read_bytes() == own, "the run's own audit, which run.json vouches for"
+    assert "audit-later.json" in told
+    audit = json.loads((run / "audit-later.json").read_text())
     assert (audit["n"], audit["split"], audit["corruptions"][0]["compared"]["teacher"]["n"]) == (120, "validation", 40)
     assert audit["attribution"]["apart"]["value"] == pytest.approx(audit["attribution"]["floor"]["value"])
     prune = json.loads((run / "prune.json").read_text())
@@ -271,7 +273,7 @@ def test_audit_and_bisect_of_a_finished_run(weights: Path, tmp_path: Path, capsy
     assert found["macs"] == prune["macs"]
     assert found["accuracy"] == prune["validation"]
     assert len(found["undone"]) == 1
-    assert {path.name for path in run.iterdir()} == before | {"audit.json", "bisect.json"}
+    assert {path.name for path in run.iterdir()} == before | {"audit-later.json", "bisect.json"}
     assert json.loads((run / "bisect.json").read_text())["undone"][0]["node"] == found["undone"][0]["node"]
     torch.manual_seed(5)
     model = build_model(recipe.model.model_copy(update={"weights": None}))

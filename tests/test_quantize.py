@@ -441,6 +441,18 @@ def test_quantizing_twice_gives_the_same_bytes(student, onnx_path, tmp_path):
     assert (tmp_path / "a" / "model.int8.onnx").read_bytes() == (tmp_path / "b" / "model.int8.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("width", [32, 49])
+def test_the_histogram_samples_every_column_of_a_map(width):
+    values = np.tile(
+        np.arange(1, width + 1, dtype=np.float32), 2**17
+    )  # so many rows that every width-th value is taken
+    histogram = Histogram()
+    histogram.add(values)
+    counts = histogram.counts[histogram.counts > 0]
+    assert len(counts) == width
+    assert counts.max() < 1.1 * counts.min()
+
+
 def test_int8_that_is_slower_is_reported_and_not_chosen(student, onnx_path, tmp_path):
     section = QuantizeSection(families=["cpu"], methods=["minmax"], scored=64, batch=3)
     slower = quantize(student, onnx_path, Data(64), section, tmp_path, timer=steady(1.0, 1.7))
@@ -458,6 +470,7 @@ def test_int8_that_is_slower_is_reported_and_not_chosen(student, onnx_path, tmp_
         (1.8, (1.7, 1.9), True, "int8", "faster"),
         (0.6, (0.5, 0.7), True, "fp32", "slower"),
         (1.02, (0.97, 1.06), True, "fp32", "not measurably faster"),
+        (1.02, (1.01, 1.03), True, "fp32", "not measurably faster"),  # the scorecard counts 3 % as none
         (1.8, (1.7, 1.9), False, "fp32", "max_accuracy_drop"),
     ],
 )

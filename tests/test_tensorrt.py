@@ -13,6 +13,7 @@ import torchvision
 from onnx import TensorProto, helper
 from torch import nn
 
+from causal_compress.deploy import tensorrt
 from causal_compress.deploy.engines import EngineRuntime, read_engine_info
 from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.precision import linears_as_convolutions, precision_of, to_fp16
@@ -170,6 +171,14 @@ def test_too_little_workspace_names_the_option(small, tmp_path):
     options = EngineOptions(capability="SM89", batches=(1, 8, 512), workspace_bytes=2**16)
     with pytest.raises(ExportError, match="--workspace"):
         build_engine(small["fp32"], tmp_path / "e", options)
+
+
+@rtx
+def test_fp32_is_not_computed_in_tf32():
+    import tensorrt_rtx as trt
+
+    config = tensorrt._configure(trt, trt.Builder(tensorrt.listener(trt)), EngineOptions(capability="SM89"))
+    assert not config.get_flag(trt.BuilderFlag.TF32)
 
 
 @rtx

@@ -28,14 +28,14 @@ Row = tuple[str, str, str, str, str]
 @talks
 def audit(*, run: Path, apart: Path | None, as_json: bool, **chosen: Any) -> int:
     """Measures in what the student of a RUN differs from its teacher."""
-    from causal_compress.afterwards import audit_run
+    from causal_compress.afterwards import audit_file, audit_run
 
     found = audit_run(run, {key: value for key, value in chosen.items() if value is not None}, apart=apart)
     if as_json:
         tell(as_json_text(found))
     else:
         _show_audit(found)
-        tell(f"audit: {run / 'audit.json'}")
+        tell(f"audit: {audit_file(run)}")
     return 0
 
 
@@ -75,8 +75,11 @@ def _show_audit(found: Audit) -> None:
 def _audit_rows(found: Audit) -> Iterator[Row]:
     yield _accuracies("accuracy", found.overall, f"p = {found.overall.p_value:.3g} (McNemar)")
     for one in found.quality:
-        change = f"{one.change.value:+.4f} ({one.change.low:+.4f} to {one.change.high:+.4f})"
-        yield one.measure.upper(), f"{one.teacher:.4f}", f"{one.student:.4f}", change, f"n = {one.change.n}"
+        change = f"{one.student - one.teacher:+.4f}"
+        if one.change is not None:
+            change += f" ({one.change.low:+.4f} to {one.change.high:+.4f})"
+        name = one.measure.upper() if len(one.measure) < 4 else one.measure
+        yield name, f"{one.teacher:.4f}", f"{one.student:.4f}", change, f"n = {found.n}"
     yield from _changed("class", found.per_class)
     if found.groups is not None:
         rows = () if found.groups.column == "class" else found.groups.rows  # classes stand above already

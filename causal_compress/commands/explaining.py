@@ -65,7 +65,7 @@ def _recipe_of(target: Path | None, options: dict[str, Any]) -> Any:
     """The recipe of a checkpoint; None for a run, which brings its own."""
     if target is None:
         return chosen_recipe(**options)
-    given = [f"--{key}" for key, value in options.items() if value and key != "settings"]
+    given = [f"--{key}" for key, value in options.items() if value not in (None, ()) and key != "settings"]
     if given:
         raise UsageError(
             "a run brings its own network and data",
@@ -100,17 +100,16 @@ def top(attribution: Attribution) -> Sequence[Any]:
 
 
 def _feature(name: str, value: float, low: float, high: float) -> str:
-    return f"{name} {value:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{name} {value:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if low == low else "")  # NaN: no interval
 
 
 def _show_local(local: LocalExplanation) -> None:
     truth = f", true class {local.true_class}" if local.true_class else ""
     tell(f"{local.name}: {local.decision}, {local.confidence_pct:.1f} % sure{truth}")
     decided = local.output[0]
-    tell(
-        "for and against it [nats of log-odds, 95 % interval; "
-        f"null {decided.null_low:+.2f} to {decided.null_high:+.2f}]:"
-    )
+    null = f"null {decided.null_low:+.2f} to {decided.null_high:+.2f}"
+    known = decided.null_low == decided.null_low  # NaN: nothing was drawn at random
+    tell(f"for and against it [nats of log-odds{f', 95 % interval; {null}' if known else ''}]:")
     for feature in top(decided):
         tell(f"  {_feature(feature.name, feature.value, feature.low, feature.high)}")
     for found in (local.sufficient, local.necessary):
@@ -135,12 +134,16 @@ def _show_nodes(found: CausalMap) -> None:
             str(node.index + 1),
             _sites(node.sites),
             f"{node.ace:.3g}",
-            f"{node.low:.3g} to {node.high:.3g}",
+            f"{node.low:.3g} to {node.high:.3g}" if node.low == node.low else "-",
             f"{node.null:.1g}",
         )
         for node in sorted(found.nodes, key=lambda node: -node.ace)[:10]
     ]
     show_table(("node", "sites", "ACE [nats]", "95 % interval", "null"), rows)
+    if found.skipped:
+        names = ", ".join(skip.what for skip in found.skipped[:_TOP])
+        more = f" and {len(found.skipped) - _TOP} more" if len(found.skipped) > _TOP else ""
+        tell(f"not taken apart: {names}{more}: {found.skipped[0].reason}")
 
 
 def _sites(names: Sequence[str]) -> str:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from causal_compress.recipe import BenchmarkSection, Recipe
 
 
+_PACKAGE, _RECIPE, _MEASURED = "package.json", "recipe.resolved.yaml", "benchmark."
+
+
 @click.command()
 @click.argument("targets", type=FOLDER, nargs=-1, required=True, metavar="TARGET...")
 @click.option("--batch", "batches", metavar="N,N,...", help="Batch sizes.")
@@ -34,9 +37,12 @@ if TYPE_CHECKING:
 @talks
 def benchmark(*, targets: Sequence[Path], as_json: bool, as_csv: bool, **asked: Any) -> int:
     """Measures runs, packages, engines and model files here."""
-    data = _data_recipe(asked.pop("recipe"), asked.pop("data"), asked.pop("settings"))
+    settings = asked.pop("settings")
+    measured = [setting for setting in settings if setting.startswith(_MEASURED)]
+    others = [setting for setting in settings if setting not in measured]
+    data = _data_recipe(targets, asked.pop("recipe"), asked.pop("data"), others)
     precisions = asked.pop("precisions")
-    section = _benchmark_section(**asked)
+    section = _benchmark_section(measured, **asked)
     if len(targets) == 1 and _is_plain_run(targets[0]) and not (precisions or data or as_csv):
         from causal_compress.afterwards import rebenchmark
 
@@ -44,7 +50,7 @@ def benchmark(*, targets: Sequence[Path], as_json: bool, as_csv: bool, **asked: 
 
     from causal_compress.afterwards import benchmark_targets
 
-    runtimes = section.runtimes if asked["runtimes"] else ()
+    runtimes = section.runtimes if "runtimes" in section.model_fields_set else ()
     table = benchmark_targets(targets, section, runtimes=runtimes, precisions=precisions, data=data)
     if as_csv:
         tell(targets_csv(table).rstrip("\n"))
@@ -66,37 +72,64 @@ def report(*, run: Path) -> None:
 
 
 def _is_plain_run(target: Path) -> bool:
-    return target.suffix not in (".onnx", ".pt2", ".xml", ".engine") and not (target / "package.json").is_file()
+    return not target.is_file() and not (target / _PACKAGE).is_file()
 
 
-def _data_recipe(recipe: str | None, data: str | None, settings: Sequence[str]) -> Recipe | None:
+def _data_recipe(
+    targets: Sequence[Path], recipe: str | None, data: str | None, settings: Sequence[str]
+) -> Recipe | None:
+    """How labelled inputs are prepared: as --recipe says, else as for the first run or package among the targets."""
     if recipe is None and data is None and not settings:
         return None
     from causal_compress.recipe_file import load_recipe
 
-    given = [f"data.source={json.dumps(data)}"] if data is not None else []
-    loaded = load_recipe(find_recipe(recipe) if recipe else None, [*settings, *given])
+    runs = [target / _RECIPE for target in targets if (target / _RECIPE).is_file()]
+    packages = [target for target in targets if (target / _PACKAGE).is_file()]
+    base = find_recipe(recipe) if recipe else runs[0] if runs else None
+    given = [*settings, *([f"data.source={json.dumps(data)}"] if data is not None else [])]
+    named = any(setting.startswith("data.source=") for setting in given)
+    packaged = _as_packaged(packages[0]) if base is None and named and packages else []
+    loaded = load_recipe(base, [*packaged, *given])
     if loaded.data.source is None:
         raise UsageError("no data was given", found="no data.source", remedy="add --data npz:FILE or another source")
     return loaded
 
 
+def _as_packaged(folder: Path) -> list[str]:
+    """Settings that prepare images as a package wants them; refuses what package.json does not tell."""
+    from causal_compress.deploy.targets import read_package
+
+    package = read_package(folder)
+    if package.kind != "image" or "resized" in package.preparation:
+        raise UsageError(
+            f"{folder} does not say how --data is to be prepared",
+            found=package.preparation,
+            remedy="give the --recipe that the run was made with, or leave --data out to use the package's own inputs",
+        )
+    found = {"mean": package.mean, "std": package.std}
+    return [f"data.normalize.{key}={json.dumps(value)}" for key, value in found.items() if value is not None]
+
+
 def _benchmark_section(
-    *, batches: str | None, threads: str | None, runtimes: Sequence[str], repeats: int | None
+    settings: Sequence[str], *, batches: str | None, threads: str | None, runtimes: Sequence[str], repeats: int | None
 ) -> BenchmarkSection:
     """Only what was given is set, so that the run's own recipe answers for the rest (`model_fields_set`)."""
     from pydantic import ValidationError
 
     from causal_compress.recipe import BenchmarkSection
+    from causal_compress.recipe_file import load_recipe
 
-    given = {
+    asked = load_recipe(None, settings).benchmark if settings else None
+    given = {} if asked is None else asked.model_dump(exclude_unset=True)
+    flags = {
         "batches": batches.split(",") if batches is not None else None,
         "threads": threads.split(",") if threads is not None else None,
         "runtimes": list(runtimes) or None,
         "repeats": repeats,
     }
     try:
-        return BenchmarkSection.model_validate({key: value for key, value in given.items() if value is not None})
+        chosen = given | {key: value for key, value in flags.items() if value is not None}
+        return BenchmarkSection.model_validate(chosen)
     except ValidationError as error:
         faults = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
         raise UsageError(

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from causal_compress.deploy.absent import absence
 from causal_compress.deploy.onnx import check_parity
 from causal_compress.deploy.openvino import convert_to_openvino
+from causal_compress.deploy.package_folder import package_folder
 from causal_compress.deploy.precision import Precision, to_fp16
-from causal_compress.deploy.runtimes import RuntimeName, open_runtime
-from causal_compress.deploy.targets import PACKAGE, Kind
+from causal_compress.deploy.runtimes import RuntimeName, for_any_batch, open_runtime
+from causal_compress.deploy.targets import Kind
 from causal_compress.deploy.tensorrt import CAPABILITIES, CURRENT, EngineOptions, TensorRTName, build_engine, sidecar
 from causal_compress.errors import ExportError, RunFolderError, UsageError
-from causal_compress.files import atomic_write_bytes, atomic_write_text, sha256_of_file
+from causal_compress.files import atomic_write_bytes, sha256_of_file
 from causal_compress.provenance import versions
 from causal_compress.recipe import DataSection, ExportSection
-from causal_compress.results import Package, PackagedModel, Parity, Skip
+from causal_compress.results import Package, PackagedModel, Parity, Quantized, QuantizedFile, Skip
 from causal_compress.understand.cost import count_macs, count_params, evaluating
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ _PLAIN: dict[Role, str] = {"teacher": "teacher", "student": "model"}
 
 @dataclass(frozen=True)
 class Source:
-    """A finished run's models and data."""
+    """A finished run's models and data; `quantized` where it has INT8 forms."""
 
     folder: Path
     teacher: nn.Module
@@ -56,6 +57,7 @@ class Source:
     data: Data
     prepared: DataSection
     parity: ExportSection
+    quantized: Quantized | None = None
 
     def model(self, role: Role) -> nn.Module:
         """The network of a role."""
@@ -89,6 +91,7 @@ class _Made:
     capability: str | None = None
     note: str = ""
     stand_in: Path | None = None
+    profile: tuple[int, int] | None = None
 
 
 def write_package(source: Source, wish: Wish, folder: Path) -> Package:
@@ -110,15 +113,21 @@ def write_package(source: Source, wish: Wish, folder: Path) -> Package:
 
     Limits: the inputs in the package are rows of your data; whoever gets the package can read them.
     """
-    _open_folder(folder)
+    with package_folder(folder) as (scratch, keep):
+        package = _assemble(source, wish, scratch)
+        keep(package)
+    return package
+
+
+def _assemble(source: Source, wish: Wish, folder: Path) -> Package:
+    """Write everything but package.json, and describe it."""
     made, skipped = _write_all(source, wish, folder)
-    known: _Known = {}
-    models = tuple(_described(one, source, known) for one in made)
+    models = _described_all(made, source, skipped)
     count = _write_inputs(source, folder / _INPUTS)
     normalize = source.prepared.normalize
-    roles: tuple[Role, ...] = tuple(dict.fromkeys(one.role for one in made))
+    roles: tuple[Role, ...] = tuple(dict.fromkeys(one.role for one in models))
     example = source.data.example_input
-    package = Package(
+    return Package(
         made_with=versions(),
         kind=source.data.kind,
         input_shape=source.data.input_shape,
@@ -132,12 +141,8 @@ def write_package(source: Source, wish: Wish, folder: Path) -> Package:
         inputs=_INPUTS,
         inputs_sha256=sha256_of_file(folder / _INPUTS),
         inputs_count=count,
-        skipped=skipped,
+        skipped=tuple(skipped),
     )
-    from pydantic_core import to_json
-
-    atomic_write_text(folder / PACKAGE, to_json(package, indent=2).decode() + "\n")
-    return package
 
 
 def read_inputs(folder: Path, package: Package) -> dict[str, np.ndarray]:
@@ -154,40 +159,36 @@ def read_inputs(folder: Path, package: Package) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
-def _open_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / PACKAGE).is_file():
-        raise RunFolderError(
-            f"{folder} is not empty and not a package",
-            found=sorted(path.name for path in folder.iterdir())[0],
-            remedy="give another --out",
-        )
-    (folder / PACKAGE).unlink(missing_ok=True)  # first, so that a killed export leaves nothing that looks whole
-
-
-def _write_all(source: Source, wish: Wish, folder: Path) -> tuple[list[_Made], tuple[Skip, ...]]:
+def _write_all(source: Source, wish: Wish, folder: Path) -> tuple[list[_Made], list[Skip]]:
     roles: tuple[Role, ...] = ("teacher", "student") if wish.teacher else ("student",)
-    precisions = wish.precisions or _usual(wish.goal, source.folder)
+    precisions = wish.precisions or _usual(wish.goal, source)
     made: list[_Made] = []
     skipped: list[Skip] = []
     for precision in precisions:
         for role in roles:
             if role == "teacher" and precision == "int8":
                 continue  # there is no INT8 teacher; its FP32 form is what INT8 is compared with
-            made += _write(source, wish, (role, precision), folder, skipped)
+            try:
+                made += _write(source, wish, (role, precision), folder, skipped)
+            except ExportError as error:  # one form that can't be made is no reason to withhold the others
+                if precision == "fp32":
+                    raise
+                skipped.append(_skip(f"{role} {precision}", error))
     if wish.teacher and not any(one.role == "teacher" for one in made):
         made += _write(source, wish, ("teacher", "fp32"), folder, skipped)
-    if not any(one.role == "student" for one in made):
-        raise ExportError("no model could be written", found="; ".join(skip.reason for skip in skipped), remedy="above")
-    return made, tuple(skipped)
+    return made, skipped
 
 
-def _usual(goal: Goal, run: Path) -> tuple[Precision, ...]:
+def _skip(what: str, error: ExportError) -> Skip:
+    return Skip(what=what, reason=" ".join(str(error).split()))
+
+
+def _usual(goal: Goal, source: Source) -> tuple[Precision, ...]:
     match goal:
         case "int8":
             return ("int8",)
         case "tensorrt" | "tensorrt-rtx":
-            return ("fp32", "fp16", "int8") if (run / "model.int8.trt.onnx").is_file() else ("fp32", "fp16")
+            return ("fp32", "fp16") if _int8(source, on_gpu=True) is None else ("fp32", "fp16", "int8")
         case _:
             return ("fp32",)
 
@@ -221,6 +222,7 @@ def _onnx(source: Source, what: tuple[Role, Precision], folder: Path, *, on_gpu:
         return path
     if precision == "int8":
         plain = source.folder / ("model.int8.trt.onnx" if on_gpu else "model.int8.onnx")
+        _refuse_changed(plain, _int8(source, on_gpu=on_gpu))
     if not plain.is_file():
         raise RunFolderError(
             f"the run has no {plain.name}",
@@ -230,6 +232,34 @@ def _onnx(source: Source, what: tuple[Role, Precision], folder: Path, *, on_gpu:
         )
     shutil.copyfile(plain, folder / plain.name)
     return folder / plain.name
+
+
+def _int8(source: Source, *, on_gpu: bool) -> QuantizedFile | None:
+    files = () if source.quantized is None else source.quantized.files
+    return next((file for file in files if file.family == ("tensorrt" if on_gpu else "cpu")), None)
+
+
+def _refuse_changed(path: Path, file: QuantizedFile | None) -> None:
+    if file is not None and path.is_file() and sha256_of_file(path) != file.sha256:
+        raise RunFolderError(
+            f"{path.name} is not the file that the run measured",
+            found="another sha256",
+            remedy="run the compress command on this folder again: it computes only what is missing",
+        )
+
+
+def _told_of_int8(made: _Made, source: Source) -> str:
+    """What quantization cost, and whether the run would choose this file at all."""
+    on_gpu = made.kind in ("tensorrt", "tensorrt-rtx")
+    file = _int8(source, on_gpu=on_gpu) if made.precision == "int8" else None
+    if file is None or source.quantized is None:
+        return ""
+    low, high = file.drop_ci_pp
+    kept = "within" if file.within_budget else "MISSES"
+    return (
+        f"INT8 drops {file.drop_pp:.2f} pp (95 % interval {low:.2f} to {high:.2f}) against FP32 on {file.n} validation "
+        f"inputs: {kept} quantize.max_accuracy_drop" + ("" if on_gpu else f"; {source.quantized.reason}")
+    )
 
 
 def _openvino(source: Source, what: tuple[Role, Precision], folder: Path) -> _Made:
@@ -254,21 +284,39 @@ def _engines(
         try:
             info = build_engine(onnx, path, options)
         except ExportError as error:  # one generation that can't is no reason to withhold the others
-            what_failed = f"{role} {precision} for {capability}"
-            skipped.append(Skip(what=what_failed, reason=" ".join(str(error).split())))
+            skipped.append(_skip(f"{role} {precision} for {capability}", error))
             continue
-        note = "; ".join(info.notes)
-        yield _Made(role, name, precision, path, (sidecar(path),), name, info.capability, note, onnx)
+        trust = ("version-compatible: loading it runs code from the file",) if info.version_compatible else ()
+        extra, profile = (sidecar(path), onnx), (info.profile[0], info.profile[2])
+        note = "; ".join((*info.notes, *trust))
+        yield _Made(role, name, precision, path, extra, name, info.capability, note, onnx, profile)
 
 
 def _usual_capabilities(name: TensorRTName) -> tuple[str, ...]:
     return (CURRENT,) if name == "tensorrt" or torch.cuda.is_available() else CAPABILITIES
 
 
+def _described_all(made: Sequence[_Made], source: Source, skipped: list[Skip]) -> tuple[PackagedModel, ...]:
+    models: list[PackagedModel] = []
+    known: _Known = {}
+    for one in made:
+        try:
+            models.append(_described(one, source, known))
+        except ExportError as error:
+            if one.precision == "fp32":
+                raise
+            skip = _skip(f"{one.role} {one.precision}", error)
+            overflow = one.precision == "fp16" and "differs from PyTorch" in skip.reason
+            skipped.append(replace(skip, reason=f"activations overflow 16 bits: {skip.reason}") if overflow else skip)
+    if not any(one.role == "student" for one in models):
+        raise ExportError("no model could be written", found="; ".join(skip.reason for skip in skipped), remedy="above")
+    return tuple(models)
+
+
 def _described(made: _Made, source: Source, known: _Known) -> PackagedModel:
     """Parity where it can be run here; else that of the ONNX file that it was built from, said to be that."""
     path: Path | None = made.path
-    runtime, told = made.runtime, made.note
+    runtime, told = made.runtime, "; ".join(filter(None, (made.note, _told_of_int8(made, source))))
     absent = absence(runtime)
     if absent is not None:
         told = "; ".join(filter(None, (told, f"could not be run here: {absent.what}")))
@@ -289,7 +337,7 @@ def _described(made: _Made, source: Source, known: _Known) -> PackagedModel:
         kind=made.kind,
         precision=made.precision,
         files={file.name: sha256_of_file(file) for file in files},
-        size_bytes=sum(file.stat().st_size for file in files if file.suffix != ".json"),
+        size_bytes=sum(file.stat().st_size for file in files if file.suffix != ".json" and file != made.stand_in),
         capability=made.capability,
         parity=parity,
         parity_on=None if parity is None else runtime,
@@ -304,9 +352,10 @@ def _is_here(capability: str) -> bool:
 def _parity(made: _Made, path: Path, runtime: RuntimeName, source: Source) -> Parity:
     """FP32 forms have to keep the run's limits; the others differ by design, and their figures say how much."""
     section = source.parity if made.precision == "fp32" else source.parity.model_copy(update=_UNLIMITED)
-    run = open_runtime(runtime, path, threads=torch.get_num_threads()).run
+    run = for_any_batch(open_runtime(runtime, path, threads=torch.get_num_threads()))
     batches = (x for x, _ in source.data.validation.batches(64, limit=section.inputs))
-    sizes = (1, 7, 64)
+    low, high = made.profile if made.profile is not None and path == made.path else (1, 64)
+    sizes = tuple(size for size in (1, 7, 64) if low <= size <= high) or (low, high)
     return check_parity(source.model(made.role), run, batches, section=section, name=made.path.name, sizes=sizes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -53,7 +54,7 @@ class Histogram:
         self._reach(max(-self.low, self.high))
         if self.limit > 0.0:
             flat = values.reshape(-1)
-            sample = flat[:: max(1, flat.size // _SAMPLE)]
+            sample = flat[:: _stride(flat.size)]
             places = ((sample / self.limit + 1.0) * _HALF_BINS).astype(np.int64)
             self.counts += np.bincount(np.clip(places, 0, 2 * _HALF_BINS - 1), minlength=2 * _HALF_BINS)
 
@@ -64,6 +65,14 @@ class Histogram:
             pairs = self.counts.reshape(-1, 2).sum(1)
             self.counts = np.pad(pairs, _HALF_BINS // 2)
             self.limit *= 2.0
+
+
+def _stride(size: int) -> int:
+    """Step of a sample that no axis of the tensor shares a factor with, so that all columns and channels are met."""
+    step = max(1, size // _SAMPLE)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
 
 
 def collect(model: Any, batches: Iterable[NDArray[np.float32]], *, threads: int = 1) -> dict[str, Histogram]:

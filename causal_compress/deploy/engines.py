@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,13 @@ class EngineRuntime:
     info: EngineInfo
 
     @staticmethod
-    def load(path: Path, name: TensorRTName) -> EngineRuntime:
+    def load(path: Path, name: TensorRTName, *, batches: tuple[int, ...] | None = None) -> EngineRuntime:
         """Load an engine, or build one from an .onnx file for the GPU here.
 
         Args:
             path: An engine with its description beside it, or an .onnx file.
             name: Which TensorRT.
+            batches: What an engine from an .onnx file is built for (None: 1 to 256); one that is built has its own.
 
         Returns:
             The runtime.
@@ -57,6 +59,8 @@ class EngineRuntime:
             MissingPackageError: the package or a GPU is not here.
             RunFolderError: the file or its description is missing or damaged.
             ExportError: the engine was built for another GPU or version, or it can't be built.
+
+        Limits: a version-compatible engine runs code from the file; load only those of people you trust.
         """
         trt = import_tensorrt(name)
         if path.suffix != ".onnx":
@@ -67,10 +71,15 @@ class EngineRuntime:
         if path.suffix == ".onnx":
             with tempfile.TemporaryDirectory() as folder:
                 engine = Path(folder) / "built.engine"
-                info = build_engine(path, engine, EngineOptions(runtime=name, batches=_BATCHES_HERE))
-                return EngineRuntime(trt, _context(trt, engine), info)
+                info = build_engine(path, engine, EngineOptions(runtime=name, batches=batches or _BATCHES_HERE))
+                return EngineRuntime(trt, _context(trt, engine, info), info)
         _refuse_other_gpu(info)
-        return EngineRuntime(trt, _context(trt, path), info)
+        return EngineRuntime(trt, _context(trt, path, info), info)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest batch that it can run."""
+        return self.info.profile[0], self.info.profile[2]
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of a batch, copies to the GPU and back included.
@@ -152,7 +161,7 @@ class EngineRuntime:
     def _bind(self, inputs: Any) -> Any:
         import torch
 
-        smallest, _, largest = self.info.profile
+        smallest, largest = self.limits
         if not smallest <= len(inputs) <= largest:
             raise UsageError(
                 f"the engine can't run a batch of {len(inputs)}",
@@ -203,14 +212,19 @@ def read_engine_info(path: Path) -> EngineInfo:
 
 
 def _refuse_foreign(info: EngineInfo, name: TensorRTName, version: str) -> None:
-    same = info.version == version or (info.version_compatible and info.version.split(".")[0] == version.split(".")[0])
-    if info.runtime != name or not same:
+    if info.runtime != name or not (info.version == version or _is_compatible(info, version)):
         raise ExportError(
             f"the engine was built by {info.runtime} {info.version}",
             found=f"{name} {version} here",
             wanted="the same package and version",
             remedy=f"build it again here with causal-compress export --to {name}, or install that version",
         )
+
+
+def _is_compatible(info: EngineInfo, version: str) -> bool:
+    """Version-compatible engines run on the same major version, at the minor version that built them or a newer one."""
+    built, here = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (info.version, version))
+    return info.version_compatible and len(built) == len(here) == 2 and built[0] == here[0] and built[1] <= here[1]
 
 
 def _refuse_other_gpu(info: EngineInfo) -> None:
@@ -226,9 +240,12 @@ def _refuse_other_gpu(info: EngineInfo) -> None:
         )
 
 
-def _context(trt: Any, path: Path) -> Any:
+def _context(trt: Any, path: Path, info: EngineInfo) -> Any:
     ears = listener(trt)
-    engine = trt.Runtime(ears).deserialize_cuda_engine(path.read_bytes())
+    runtime = trt.Runtime(ears)
+    if info.version_compatible:  # such an engine brings a part of TensorRT along, which is run
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
     context = engine.create_execution_context() if engine is not None else None
     if context is None:
         raise ExportError(

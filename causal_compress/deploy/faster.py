@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from causal_compress.deploy.benchmark import Pair, time_interleaved
 from causal_compress.deploy.runtimes import OnnxRuntime
+from causal_compress.deploy.timing import compare_latencies, speed_verdict
 from causal_compress.recipe import QuantizeSection
 from causal_compress.results import QuantizedFile
-from causal_compress.understand.statistics import ratio_of_medians
 
 Times = tuple[NDArray[np.float64], NDArray[np.float64]]
 Timer = Callable[[Path, Path, NDArray[np.float32], QuantizeSection], Times]
@@ -25,20 +25,21 @@ def choose(
     """Whether the measured runtime should run INT8.
 
     Args:
-        speedup: FP32's median latency over INT8's.
-        interval: Its 95 % interval.
+        speedup: FP32's latency over INT8's, as the scorecard compares them (`compare_latencies`).
+        interval: Its 95 % interval; differences within 3 % count as none.
         within_budget: Whether the accuracy budget of quantization holds.
 
     Returns:
         The precision, and why in plain words.
     """
     low, high = interval
+    verdict = speed_verdict(low, high)
     told = f"{speedup:.2f}x (95 % interval {low:.2f}x to {high:.2f}x)"
     if not within_budget:
         return "fp32", f"INT8 misses quantize.max_accuracy_drop on validation; its speed against FP32 is {told}"
-    if high < 1.0:
+    if verdict == "slower":
         return "fp32", f"INT8 is slower than FP32 on this machine: {told}"
-    if low <= 1.0:
+    if verdict == "no difference":
         return (
             "fp32",
             f"INT8 is not measurably faster than FP32 on this machine: {told}; its file is smaller, if that counts",
@@ -92,13 +93,14 @@ def time_and_choose(
         return {**nothing, "rounds": 0, "chosen": "fp32", "reason": reason}
     x = np.ascontiguousarray(inputs[np.arange(section.batch) % len(inputs)])
     fp32, int8 = timer(onnx_path, folder / file.onnx, x, section)
-    speedup, interval = ratio_of_medians(fp32, int8)
-    chosen, reason = choose(speedup, interval, within_budget=file.within_budget)
+    ratio = compare_latencies(fp32, int8)
+    interval = (ratio.low, ratio.high)
+    chosen, reason = choose(ratio.value, interval, within_budget=file.within_budget)
     return {
         "runtime": OnnxRuntime.load(onnx_path).describe(),
         "fp32_latency_ms_p50": float(np.median(fp32)),
         "int8_latency_ms_p50": float(np.median(int8)),
-        "speedup": speedup,
+        "speedup": ratio.value,
         "speedup_ci": interval,
         "rounds": len(fp32),
         "chosen": chosen,

@@ -8,9 +8,10 @@ falls back to another.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -244,7 +245,7 @@ class OnnxRuntime:
         return f"onnxruntime {import_onnxruntime().__version__}, {device}, {self.threads} thread(s)"
 
 
-def open_runtime(name: RuntimeName, path: Path, *, threads: int) -> Runtime:
+def open_runtime(name: RuntimeName, path: Path, *, threads: int, batches: tuple[int, ...] | None = None) -> Runtime:
     """Load the file of one model into one runtime.
 
     Args:
@@ -252,6 +253,7 @@ def open_runtime(name: RuntimeName, path: Path, *, threads: int) -> Runtime:
         path: .pt2 for torch; .onnx for onnxruntime and openvino (which reads .xml too); an engine for TensorRT, or an
             .onnx file from which one is built for the GPU here.
         threads: Threads for onnxruntime and openvino; torch's are set by `torch_threads`.
+        batches: Batch sizes that TensorRT builds an engine for, where one is built; None: 1 to 256.
 
     Returns:
         The runtime.
@@ -271,10 +273,34 @@ def open_runtime(name: RuntimeName, path: Path, *, threads: int) -> Runtime:
         case "tensorrt" | "tensorrt-rtx":
             from causal_compress.deploy.engines import EngineRuntime
 
-            return EngineRuntime.load(path, name)
+            return EngineRuntime.load(path, name, batches=batches)
         case _:
             eager = TorchRuntime.load(path)
             return CompiledRuntime.of(eager.model) if name == "torch-compiled" else eager
+
+
+def for_any_batch(runtime: Runtime) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """A runtime's `run` that takes batches of every size.
+
+    Args:
+        runtime: Any; an engine runs only batches within its profile.
+
+    Returns:
+        A function from inputs to logits; where the batch is beyond the profile it is cut, or filled up with its last
+        row, whose further answers are dropped.
+    """
+    limits: tuple[int, int] | None = getattr(runtime, "limits", None)
+    return runtime.run if limits is None else partial(_in_parts, runtime.run, *limits)
+
+
+def _in_parts(
+    run: Callable[[NDArray[np.float32]], NDArray[np.float32]], low: int, high: int, x: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    rows = []
+    for part in (x[start : start + high] for start in range(0, len(x), high)):
+        filled = np.concatenate([part, np.repeat(part[-1:], max(0, low - len(part)), axis=0)])
+        rows.append(run(filled)[: len(part)])
+    return np.concatenate(rows)
 
 
 def open_module(name: RuntimeName, model: nn.Module, path: Path, *, threads: int) -> Runtime:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,13 +45,14 @@ _ENGINES = (".engine", ".plan", ".trt")
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of one target."""
+    """One file of one target; `role` is teacher or student where that is known."""
 
     target: str
     kind: Kind
     precision: str
     path: Path
     macs: int | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,40 @@ def model_files(target: Path) -> tuple[ModelFile, ...]:
         raise RunFolderError(f"can't read {target}", found="no such file or folder", remedy="check the path")
     kind = _kind_of(target)
     return (ModelFile(target.name, kind, _precision(target, kind), target),)
+
+
+def files_of(targets: Sequence[Path]) -> tuple[ModelFile, ...]:
+    """The files of several targets, with names that tell them apart.
+
+    Args:
+        targets: As for `model_files`.
+
+    Returns:
+        The files in the targets' order. Where a name comes up in two targets, that of their folder is put before it;
+        where that does not help either, the target's number after it.
+    """
+    each = [model_files(target) for target in targets]
+    named = list(each)
+    for depth in (1, 2):
+        for index in _clashing(named):
+            prefix = _prefix(targets[index], depth)
+            named[index] = tuple(replace(file, target=prefix + file.target) for file in each[index])
+    for index in _clashing(named):
+        named[index] = tuple(replace(file, target=f"{file.target} #{index + 1}") for file in named[index])
+    return tuple(file for files in named for file in files)
+
+
+def _clashing(named: Sequence[Sequence[ModelFile]]) -> list[int]:
+    counts = Counter(name for files in named for name in {file.target for file in files})
+    return [index for index, files in enumerate(named) if any(counts[file.target] > 1 for file in files)]
+
+
+def _prefix(target: Path, depth: int) -> str:
+    """A package's own folder is not part of its files' names; that of a run is, and a file has a name of its own."""
+    parts = target.resolve().parts
+    if (target / PACKAGE).is_file():
+        return "/".join(parts[-depth:]) + " "
+    return "/".join(parts[-depth - 1 : -1]) + "/"
 
 
 def read_package(folder: Path) -> Package:
@@ -156,6 +192,9 @@ def choose_entries(
         if error is not None:
             skipped.append(Skip(what=name, reason=f"{error.what}: {error.remedy}"))
             continue
+        if runtimes and not fitting:
+            wanted = " or ".join(_TAKES[name])
+            skipped.append(Skip(what=name, reason=f"none of these files runs on it; it takes {wanted} files"))
         entries += [Entry(file, name) for file in fitting]
     if not entries:
         raise _nothing(chosen, runtimes, skipped)
@@ -203,12 +242,12 @@ def _of_package(folder: Path, package: Package) -> Iterator[ModelFile]:
     for model in sorted(package.models, key=lambda model: model.role == "student"):
         name = model.role if model.capability is None else f"{model.role} {model.capability}"
         first = next(iter(model.files))
-        yield ModelFile(name, model.kind, model.precision, folder / first, package.macs[model.role])
+        yield ModelFile(name, model.kind, model.precision, folder / first, package.macs[model.role], model.role)
 
 
 def _of_run(folder: Path) -> tuple[ModelFile, ...]:
     found = tuple(
-        ModelFile(f"{folder.name} {role}", _kind_of(path), _precision(path, _kind_of(path)), path)
+        ModelFile(f"{folder.name} {role}", _kind_of(path), _precision(path, _kind_of(path)), path, None, role)
         for role, path in ((role, folder / name) for role, name in _RUN_FILES)
         if path.is_file()
     )

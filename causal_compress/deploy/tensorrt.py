@@ -66,14 +66,15 @@ def build_engine(onnx: Path, path: Path, options: EngineOptions) -> EngineInfo:
         raise RunFolderError(f"can't read the model {onnx}", found="no such file", remedy="run export first")
     content = onnx.read_bytes()
     precision = precision_of(content)
-    content, notes = _for_generation(content, precision, options.capability)
+    generation = _generation(options.capability)
+    content, notes = _for_generation(content, precision, options.runtime, generation)
     started = time.perf_counter()
     built, shape = _build(trt, content, options, onnx.name)
     atomic_write_bytes(path, built)
     info = EngineInfo(
         runtime=options.runtime,
         version=str(trt.__version__),
-        capability=_generation(options.capability),
+        capability=generation,
         precision=precision,
         onnx_sha256=sha256_of_file(onnx),
         engine_sha256=sha256_of_file(path),
@@ -184,9 +185,11 @@ def _named(trt: Any) -> bool:
     return hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability")
 
 
-def _for_generation(content: bytes, precision: Precision, capability: str) -> tuple[bytes, tuple[str, ...]]:
+def _for_generation(
+    content: bytes, precision: Precision, runtime: TensorRTName, generation: str
+) -> tuple[bytes, tuple[str, ...]]:
     """Turing has no FP32 matrix product in TensorRT-RTX, but FP32 convolutions."""
-    if capability != "SM75" or precision == "fp16":
+    if runtime != "tensorrt-rtx" or generation != "SM75" or precision == "fp16":
         return content, ()
     content, count = linears_as_convolutions(content)
     note = f"{count} linear layer(s) built as 1x1 convolutions: SM75 has no FP32 matrix product in TensorRT-RTX"
@@ -218,6 +221,8 @@ def _build(trt: Any, content: bytes, options: EngineOptions, name: str) -> tuple
 def _configure(trt: Any, builder: Any, options: EngineOptions) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if hasattr(trt.BuilderFlag, "TF32"):  # on by default: FP32 products would keep 10 bits of the mantissa
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.capability != CURRENT:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, options.capability), 0)

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from causal_compress.deploy.memory import peak_memory
-from causal_compress.deploy.runtimes import Runtime, open_runtime, torch_threads
+from causal_compress.deploy.runtimes import Runtime, for_any_batch, open_runtime, torch_threads
 from causal_compress.deploy.targets import Entry
 from causal_compress.deploy.timing import Ratio, compare_latencies, percentiles, time_in_turn
 from causal_compress.deploy.traffic import Traffic, onnx_traffic, why_no_speed
-from causal_compress.errors import ExportError
+from causal_compress.errors import ExportError, UsageError
 from causal_compress.provenance import machine, versions
 from causal_compress.recipe import BenchmarkSection
 from causal_compress.results import Skip, TargetRow, TargetTable
@@ -36,12 +37,12 @@ class Evidence:
     Args:
         first: Inputs, N x ..., repeated to make up a batch.
         batches: Goes through all labelled inputs once; None: accuracy is not measured.
-        expected: Target -> class that it answered in PyTorch, for the same inputs in the same order.
+        expected: Folder and role -> class that it answered in PyTorch, for the same inputs in the same order.
     """
 
     first: Array
     batches: Callable[[], Iterator[tuple[Array, Labels]]] | None = None
-    expected: dict[str, Labels] = field(default_factory=dict)
+    expected: dict[tuple[Path, str], Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def measure_targets(
         with ExitStack() as stack:
             if any(one.entry.runtime.startswith("torch") for one in runnable):
                 stack.enter_context(torch_threads(threads))
-            loaded = [_load(one.entry, threads, one.answers) for one in runnable]
+            loaded = [_load(one.entry, threads, section.batches, one.answers) for one in runnable]
             described += [one.runtime.describe() for one in loaded]
             rows += _rows(loaded, threads, section, evidence.first)
     return TargetTable(
@@ -117,31 +118,44 @@ def _try_all(
     refused: list[Skip] = []
     for entry in entries:
         try:
-            loaded = _load(entry, max(section.threads), None)
-            loaded.runtime.run(evidence.first[:1])
+            loaded = _load(entry, max(section.threads), section.batches)
+            _refuse_batches(loaded.runtime, section.batches)
+            for_any_batch(loaded.runtime)(evidence.first[:1])
             runnable.append(replace(loaded, answers=_answers(loaded, evidence)))
-        except ExportError as error:
+        except (ExportError, UsageError) as error:
             refused.append(Skip(what=entry.name, reason=" ".join(str(error).split())))
     if not runnable:
         raise ExportError("no target runs here", found="; ".join(skip.reason for skip in refused), remedy="see above")
     return runnable, refused
 
 
-def _load(entry: Entry, threads: int, answers: _Answers | None) -> _Loaded:
+def _load(entry: Entry, threads: int, batches: Sequence[int], answers: _Answers | None = None) -> _Loaded:
     start = time.perf_counter()
-    runtime = open_runtime(entry.runtime, entry.file.path, threads=threads)
+    runtime = open_runtime(entry.runtime, entry.file.path, threads=threads, batches=tuple(batches))
     return _Loaded(entry, runtime, 1e3 * (time.perf_counter() - start), answers)
+
+
+def _refuse_batches(runtime: Runtime, batches: Sequence[int]) -> None:
+    """Before anything is timed: one engine that can't run a batch size is no reason to lose the others' times."""
+    low, high = getattr(runtime, "limits", (1, max(batches)))
+    if beyond := [batch for batch in batches if not low <= batch <= high]:
+        raise UsageError(
+            f"the engine can't run a batch of {beyond[0]}",
+            wanted=f"{low} to {high}",
+            remedy=f"give --batch {low} or another size up to {high}, or export it again with --batch {beyond[0]}",
+        )
 
 
 def _answers(loaded: _Loaded, evidence: Evidence) -> _Answers | None:
     if evidence.batches is None:
         return None
     given, right = [], []
+    run, file = for_any_batch(loaded.runtime), loaded.entry.file
     for x, y in evidence.batches():
-        given.append(loaded.runtime.run(x).argmax(1))
+        given.append(run(x).argmax(1))
         right.append(y)
     answers = np.concatenate(given)
-    expected = evidence.expected.get(loaded.entry.file.target)
+    expected = evidence.expected.get((file.path.parent, file.role))
     agreed = None if expected is None else 100.0 * float((answers == expected).mean())
     return _Answers(answers == np.concatenate(right), agreed)
 

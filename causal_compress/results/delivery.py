@@ -300,7 +300,7 @@ class QuantizedFile:
 @dataclass(frozen=True, kw_only=True, config=config)
 class Quantized:
     """INT8 forms of the student, and which precision the measured runtime should run.
-    `speedup` is FP32's median latency over INT8's with a 95 % interval over interleaved `rounds`; None where no file
+    `speedup` is FP32's latency over INT8's (10th percentiles) with a 95 % interval over interleaved `rounds`; None where no file
     for CPUs was asked for. `calibration` counts inputs.
     """
 

@@ -1,0 +1,74 @@
+"""The folder of a package: written apart and put in place at the end, so that an older one stays whole until then."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from causal_compress.deploy.targets import PACKAGE
+from causal_compress.errors import RunFolderError
+from causal_compress.files import atomic_write_text
+from causal_compress.results import Package
+
+_SCRATCH = ".partial-package"  # inside the folder, which may be a mounted disk: renaming within it always works
+
+
+@contextmanager
+def package_folder(folder: Path) -> Iterator[tuple[Path, Callable[[Package], None]]]:
+    """A scratch folder for a package's files, and what puts them in place of those of an older package.
+
+    Args:
+        folder: New, empty, or a package that may be replaced; what else lies in it beside a package is left alone.
+
+    Yields:
+        The scratch folder, which is gone afterwards, and a function that takes the finished description, moves in the
+        files that it lists, removes those of the older package, and writes package.json last.
+
+    Raises:
+        RunFolderError: the folder holds something that is no package.
+    """
+    replaced = _own_files(folder)
+    scratch = folder / _SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch, partial(_move_in, folder, replaced)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _own_files(folder: Path) -> frozenset[str]:
+    """Names of the package's files in a folder, none if it is new; refuses a folder that holds anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sorted(path.name for path in folder.iterdir() if path.name != _SCRATCH)
+    if not there:
+        return frozenset()
+    try:
+        old = TypeAdapter(Package).validate_json((folder / PACKAGE).read_bytes())
+    except (OSError, ValidationError) as error:
+        found = there[0] if isinstance(error, OSError) else f"a {PACKAGE} that causal-compress did not write"
+        raise RunFolderError(
+            f"{folder} is not empty and not a package", found=found, remedy="give another --out"
+        ) from error
+    return frozenset(_files(old))
+
+
+def _files(package: Package) -> Iterator[str]:
+    names = (package.inputs, *(name for model in package.models for name in model.files))
+    # A package.json can come from anywhere: only what lies in its own folder is ever touched.
+    yield from (name for name in dict.fromkeys(names) if Path(name).name == name)
+
+
+def _move_in(folder: Path, replaced: frozenset[str], package: Package) -> None:
+    (folder / PACKAGE).unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks whole
+    for name in replaced:
+        (folder / name).unlink(missing_ok=True)
+    for name in _files(package):
+        (folder / _SCRATCH / name).replace(folder / name)
+    atomic_write_text(folder / PACKAGE, to_json(package, indent=2).decode() + "\n")
