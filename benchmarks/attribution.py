@@ -1,12 +1,12 @@
-"""Attributions on the public ResNet-20 against Captum's, at equal patches and equal numbers of forward passes.
+"""Attributions on the public ResNet-20 against Captum's: equal patches, at most as many forward passes for anyone.
 
     python benchmarks/attribution.py --weights resnet20-12fca82f.th --data cifar10.npz --split test
 
 Insertion: features come in by rank from the substrate; deletion: they go. Area under the probability of the network's
 own answer. Metrics are per image, intervals from a paired bootstrap over images. Substrates mean and blur are also the
 baselines of all perturbing and integrating methods; zero (black) is one that nobody was given. IG and GradientSHAP take
-one step for each forward that the others get, though a step costs a backward pass as well. Ours was settled on
-validation images.
+one step for each forward that the others get, though a step costs a backward pass as well. Occlusion and Grad-CAM can't
+use as many: the column `forwards` says what each took for an image. Ours was settled on validation images.
 
 Controls: random scores, the centre of the picture, the same score everywhere. Beside them: normalised infidelity (Yeh
 et al. 2019, optimal scale), faithfulness correlation (Bhatt et al. 2020), sensitivity-max, and the rank correlation
@@ -67,9 +67,7 @@ def occlusion(model: nn.Module, engine: Engine, scene: Scene, classes: Tensor, b
     """Windows of 2 x 2 patches at the finest stride that the budget allows, both baselines."""
     from captum.attr import Occlusion
 
-    size = scene.x.shape[-1]
-    window = 2 * size // round(len(scene.names) ** 0.5)
-    stride = next(s for s in range(1, window + 1) if 2 * (-(-(size - window) // s) + 1) ** 2 <= budget)
+    window, stride, _ = windows(scene, budget)
     total = torch.zeros(len(classes), len(scene.names))
     for name in ("mean", "blur"):
         found = Occlusion(model).attribute(
@@ -81,6 +79,32 @@ def occlusion(model: nn.Module, engine: Engine, scene: Scene, classes: Tensor, b
         )
         total += pooled(scene, found)
     return total
+
+
+def windows(scene: Scene, budget: int) -> tuple[int, int, int]:
+    """Side and stride of occluding windows, and the forwards that they take with both baselines and as they are."""
+    size = scene.x.shape[-1]
+    window = 2 * size // round(len(scene.names) ** 0.5)
+    places = {s: (-(-(size - window) // s) + 1) ** 2 for s in range(1, window + 1)}
+    stride = next(s for s, count in places.items() if 2 * (count + 1) <= budget)
+    return window, stride, 2 * (places[stride] + 1)
+
+
+def forwards(name: str, scene: Scene, budget: int) -> int:
+    """Forward passes that a method takes for one image; for gradients each with a backward pass."""
+    match name:
+        case "random" | "centre" | "uniform":
+            return 0
+        case "captum grad-cam":
+            return 1
+        case "single patches":
+            return 2 * len(scene.names) + 1
+        case "captum occlusion":
+            return windows(scene, budget)[2]
+        case "surrogate" | "difference":
+            return budget + 1  # the image as it is
+        case _:
+            return budget
 
 
 def integrated(model: nn.Module, engine: Engine, scene: Scene, classes: Tensor, budget: int, seed: int) -> Tensor:
@@ -327,6 +351,7 @@ def measure(
                 "method": name,
                 "n": len(x),
                 "seeds": list(seeds),
+                "forwards": forwards(name, scenes[0], args.masks),
                 **{key: round(float(value.mean()), 4) for key, value in mean.items()},
                 **{f"gain {s}": round(float(value.mean()), 4) for s, value in gain.items()},
                 "gain": round(float(per_image[name].mean()), 4),

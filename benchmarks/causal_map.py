@@ -2,7 +2,8 @@
 
     python benchmarks/causal_map.py --weights resnet56-4bfd9763.th --data cifar10.npz
 
-Every site is a node of its own here. ACE comes from calibration images, harm (KL of the answers when a block's own
+Every site is a node of its own here; the first, which has none before it, is left out of the scores. ACE comes from
+calibration images, harm (KL of the answers when a block's own
 computation is set to its mean, or bypassed) from validation images. Rivals: 1 - CKA of the block's two ends, the mean
 absolute weight of the block's layers, the relative size of what it adds, random ranks. Intervals: bootstrap over sites.
 Then: the partition's stability (median adjusted Rand index over bootstraps), the ranks' stability over seeds, baselines
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from causal_compress.understand.intervene import intervene
 from causal_compress.understand.trace import Network, trace
 
 ROOT = Path(__file__).resolve().parents[1]
+DONORS = 256
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 FIRST: dict[str, Any] = {"baselines": ["marginal"], "grid": 8, "seed": 0, "estimator": "output"}
 VARIED: list[dict[str, Any]] = [
@@ -52,7 +55,7 @@ VARIED: list[dict[str, Any]] = [
 def map_of(network: Network, data: Data, args: Any, setting: dict[str, Any]) -> CausalMap:
     """ACE of every site under one setting; another seed takes other images too."""
     x, _ = data.calibration.take(range(setting["seed"] * args.inputs, (setting["seed"] + 1) * args.inputs))
-    donors, _ = data.calibration.take(range(len(data.calibration) - 256, len(data.calibration)))
+    donors, _ = data.calibration.take(range(len(data.calibration) - DONORS, len(data.calibration)))
     scene = open_scene(
         x, data.features, setting["baselines"], grid=setting["grid"], donors=donors, seed=setting["seed"]
     )
@@ -77,7 +80,7 @@ def rivals(network: Network, data: Data, effects: Effects) -> dict[str, list[flo
         for region in network.regions
     ]
     return {
-        "CKA only": [1.0, *(1 - float(cka[site - 1, site]) for site in range(1, len(cka)))],
+        "CKA only": [math.nan, *(1 - float(cka[site - 1, site]) for site in range(1, len(cka)))],  # no site before it
         "weight magnitude": [float(weight) for weight in weights],
         "activation magnitude": added,
     }
@@ -122,6 +125,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     data = load_data(DataSection(source=f"npz:{args.data}", normalize=NormalizeSection(mean=MEAN, std=STD)), seed=0)
+    seeds = 1 + max(change.get("seed", 0) for change in VARIED)
+    if seeds * args.inputs + DONORS > len(data.calibration):
+        most = (len(data.calibration) - DONORS) // seeds
+        parser.error(f"--inputs {args.inputs} x {seeds} seeds and {DONORS} donors overlap; at most --inputs {most}")
     arch = f"{ROOT / 'examples' / 'cifar_resnet.py'}:{args.arch}"
     network = trace(build_model(ModelSection(arch=arch, weights=args.weights)), data.example_input)
     effects = intervene(network, data.calibration, data.features, InterveneSection(inputs=args.cka_inputs), seed=0)
@@ -156,7 +163,7 @@ def validity_rows(network: Network, data: Data, effects: Effects, args: Any) -> 
     rows: list[dict[str, Any]] = []
     for how in ("mean", "bypass"):
         found = ablation_harm(network, nodes, data.validation, how=how, inputs=args.harm_inputs)
-        harm = {node.index: node.kl for node in found.nodes}
+        harm = {node.index: node.kl for node in found.nodes if node.index > 0}  # CKA knows nothing of the first site
         for name, values in scores.items():
             rows.append(
                 {"what": f"harm: {how}", "score": name, **correlated(values, harm, list(harm)), "n": found.inputs}

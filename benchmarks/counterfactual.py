@@ -2,11 +2,12 @@
 
     python benchmarks/counterfactual.py --mnist mnist.npz --nsl-kdd NSL-KDD-FOLDER
     python benchmarks/counterfactual.py --cifar cifar10.npz --resnet20 resnet20.th --oracle resnet56.th
-    python benchmarks/counterfactual.py --mnist mnist.npz --inputs 200 --steps 300          (a quick look)
+    python benchmarks/counterfactual.py --mnist mnist.npz --inputs 200 --steps 300 --out quick.json      (a quick look)
 
 For MNIST and NSL-KDD the network explained, an oracle of another architecture and seed, and the autoencoders of IM1 and
 IM2 are trained here; for CIFAR-10 both networks are public checkpoints. The GAN learns on the training split; all
-figures are of test inputs with random targets. Rows of other data sets that the result file holds already are kept.
+figures are of test inputs, drawn at random, with random targets. Rows of other data sets that the result file holds
+already are kept; each row says by which command and machine it was made.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from causal_compress.explain.counterfactual_metrics import (
 )
 from causal_compress.explain.counterfactual_training import other_classes
 from causal_compress.explain.readable import pixels
+from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
 from causal_compress.provenance import machine
@@ -50,7 +52,8 @@ from causal_compress.understand.statistics import wilson
 from causal_compress.understand.trace import trace
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = 20_000
+RESULTS = ROOT / "benchmarks" / "results" / "counterfactual.json"
+REAL, HELD, INPUTS, EPOCHS, CODER_STEPS = 20_000, 3000, 2000, 3, 1500
 SECTIONS = {
     "mnist": CounterfactualSection(),
     "nsl-kdd": CounterfactualSection(steps=3000, immutable=["column_1"], rises=["column_0"], width=16),
@@ -148,10 +151,11 @@ def methods(case: Case) -> dict[str, Make]:
 
 def rows(case: Case, given: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each method."""
-    x, label = case.data.test.take(range(min(given.inputs, len(case.data.test))))
+    order = np.random.default_rng(given.seed).permutation(len(case.data.test))  # a test part may stand class by class
+    x, label = case.data.test.take(order[: given.inputs])
     original = answers(case.network, x).argmax(1)
     target = other_classes(original, len(case.data.classes), torch.Generator().manual_seed(given.seed))
-    held = case.data.test.take(range(len(case.data.test) - min(3000, len(case.data.test)), len(case.data.test)))
+    held = case.data.test.take(order[-HELD:])
     floor = neighbour_distances(*held, *case.real)
     shared = {
         "data": case.name,
@@ -209,13 +213,14 @@ def score(
 
 def gallery(case: Case, path: Path, per_row: int = 10) -> None:
     """A picture: originals in the first column, then the counterfactual towards each class; the input itself where the
-    network gives it that class already.
+    network gives it that class already. A class without a test input has no line.
     """
     from PIL import Image
 
     classes = len(case.data.classes)
     labels = case.data.test.labels
-    chosen = [int(torch.nonzero(labels == klass)[0]) for klass in range(classes)][:per_row]
+    first = (torch.nonzero(labels == klass)[:1, 0].tolist() for klass in range(classes))
+    chosen = [index for found in first for index in found][:per_row]
     x, _ = case.data.test.take(chosen)
     lines = []
     for one in x.split(1):
@@ -264,20 +269,31 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resnet20", type=Path, help="checkpoint of the network explained, for --cifar")
     parser.add_argument("--oracle", type=Path, help="checkpoint of a ResNet-56, for --cifar")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", type=int, default=2000, help="test inputs")
+    parser.add_argument("--inputs", type=int, default=INPUTS, help="test inputs")
     parser.add_argument("--steps", type=int, help="training steps of the GAN; default: those of the section")
-    parser.add_argument("--epochs", type=int, default=3, help="of the networks of MNIST")
-    parser.add_argument("--coder-steps", type=int, default=1500, help="training steps of each autoencoder")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the networks of MNIST")
+    parser.add_argument("--coder-steps", type=int, default=CODER_STEPS, help="training steps of each autoencoder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="write the trained generators into this folder")
-    parser.add_argument("--gallery", type=Path, default=ROOT / "docs", help="folder of the pictures")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "counterfactual.json")
+    parser.add_argument("--gallery", type=Path, help="folder of the pictures; default: docs, or that of --out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.cifar and not (given.resnet20 and given.oracle):
         parser.error("--cifar needs --resnet20 and --oracle")
     if not (given.mnist or given.nsl_kdd or given.cifar):
         parser.error("give at least one of --mnist, --nsl-kdd, --cifar")
+    if given.out == RESULTS and is_quick(given):
+        parser.error("a quick look must not overwrite the measured rows: name another --out")
+    given.gallery = given.gallery or (ROOT / "docs" if given.out == RESULTS else given.out.parent)
     return given
+
+
+def is_quick(given: argparse.Namespace) -> bool:
+    """Whether less is measured than for the rows that are kept."""
+    asked = {"mnist": given.mnist, "nsl-kdd": given.nsl_kdd, "cifar10": given.cifar}
+    steps = max(SECTIONS[name].steps for name, source in asked.items() if source)
+    few = given.steps is not None and given.steps < steps
+    return few or given.inputs < INPUTS or given.epochs < EPOCHS or given.coder_steps < CODER_STEPS
 
 
 def main() -> None:
@@ -302,17 +318,17 @@ def main() -> None:
 
 def write(measured: list[dict[str, Any]], out: Path) -> None:
     """Write the rows; those of other data sets or seeds in the file stay."""
+    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
+    source = {"machine": machine(), "command": " ".join(["python benchmarks/counterfactual.py", *shown])}
     kept = []
     if out.exists():
         new = {(row["data"], row["seed"]) for row in measured}
-        before = json.loads(out.read_text(encoding="utf-8"))["rows"]
-        kept = [row for row in before if (row["data"], row["seed"]) not in new]
-    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
-    content = {"schema": 1, "machine": machine(), "command": " ".join(["python benchmarks/counterfactual.py", *shown])}
+        before = json.loads(out.read_text(encoding="utf-8"))
+        old = {key: before[key] for key in source}  # of files whose rows did not say themselves where they come from
+        kept = [{**old, **row} for row in before["rows"] if (row["data"], row["seed"]) not in new]
+    rows = [*kept, *({**row, **source} for row in measured)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".tmp")
-    beside.write_text(json.dumps({**content, "rows": [*kept, *measured]}, indent=1) + "\n", encoding="utf-8")
-    beside.replace(out)
+    atomic_write_text(out, json.dumps({"schema": 1, **source, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

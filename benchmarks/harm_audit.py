@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,9 @@ from causal_compress.recipe_file import load_recipe
 from causal_compress.results import Audit, Compared, Estimate
 from causal_compress.shipped import find_recipe
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "harm_audit.json"
+EPOCHS = 15
 
 
 def main() -> None:
@@ -42,10 +45,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="npz with CIFAR-10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", type=Path, help="a finished run of ResNet-20 at half the MACs; default: OUT/run")
-    parser.add_argument("--epochs", type=int, default=15, help="of the network that is trained apart")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the network that is trained apart")
     parser.add_argument("--inputs", type=int, help="audit so many test inputs only")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="recipe keys for a run that is made here")
+    parser.add_argument("--result", type=Path, default=RESULT, help="file of the table")
     args = parser.parse_args()
+    if args.result == RESULT and (args.inputs is not None or args.epochs < EPOCHS or args.settings):
+        parser.error("a quick look must not overwrite the measured table: name another --result")
     folder = args.run or args.out / "run"
     args.out.mkdir(parents=True, exist_ok=True)
     if not (folder / "scorecard.json").exists():
@@ -63,11 +69,13 @@ def main() -> None:
         train_apart(recipe, apart, args.epochs)
     limits = {} if args.inputs is None else {"inputs": args.inputs}
     found = audit_run(folder, {"split": "test", "groups": "class", **limits}, apart=apart)
-    command = "python " + " ".join([sys.argv[0], *sys.argv[1:]])
+    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
+    command = " ".join(["python benchmarks/harm_audit.py", *shown])
     whole = to_jsonable_python(found, inf_nan_mode="constants")
     del whole["gallery"]  # pictures of the data
     result = {"schema": 1, "machine": machine(), "command": command, "rows": list(rows_of(found)), "audit": whole}
-    atomic_write_text(HERE / "results" / "harm_audit.json", json.dumps(result, indent=1) + "\n")
+    args.result.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(args.result, json.dumps(result, indent=1) + "\n")
 
 
 def train_apart(recipe: Recipe, target: Path, epochs: int) -> None:
@@ -97,7 +105,9 @@ def rows_of(found: Audit) -> Iterator[dict[str, Any]]:
     """The audit as a table: one line for each figure, student minus teacher with its interval."""
     yield accuracies("accuracy [%]", found.overall)
     for one in found.quality:
-        yield estimated(f"{one.measure} [{one.unit}]", (one.teacher, one.student), one.change)
+        values = (one.teacher, one.student)
+        change = one.change or Estimate(value=one.student - one.teacher, low=math.nan, high=math.nan, n=found.n)
+        yield estimated(f"{one.measure} [{one.unit}]", values, change)
     for group in found.per_class:
         yield accuracies(f"class {group.name} [%]", group.compared, group.p_holm)
     if (gaps := found.groups) is not None:
@@ -138,7 +148,7 @@ def row(
     name: str, values: tuple[float | None, float | None], change: tuple[float | None, ...], n: int
 ) -> dict[str, Any]:
     """One line; numbers rounded for people, the whole audit stands beside it."""
-    shown = [None if value is None else round(value, 4) for value in (*values, *change)]
+    shown = [None if value is None or math.isnan(value) else round(value, 4) for value in (*values, *change)]
     return {
         "figure": name,
         "teacher": shown[0],

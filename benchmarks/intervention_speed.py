@@ -135,7 +135,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in VARIANTS:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{name} failed ({done.returncode}):\n{done.stderr}")
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     fastest = max(
         float(np.median([r["throughput_per_s"] for r in found[name]])) for name in VARIANTS if "captum fp32" in name

@@ -25,6 +25,7 @@ from causal_compress.provenance import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = [
+    "budget.macs=0.95",
     "intervene.masks=1",
     "intervene.baselines=[mean]",
     "plan.widths=[0.5]",

@@ -14,7 +14,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "causal_compress"
 
-_TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: \w+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
 _READING_ORDER = ("results", "inputs", "understand", "shrink", "recover", "deploy", "explain", "commands")
 _FIRST_FILES = ("errors", "recipe", "recipe_file", "recipe_faults", "files", "progress", "provenance")
@@ -61,20 +61,27 @@ def fill(text: str, results: Path) -> str:
         text: Markdown.
         results: The folder of NAME.json files.
     """
-    with_tables = _TABLE.sub(lambda found: found[1] + table(results / f"{found[2]}.json") + found[3], text)
+    with_tables = _TABLE.sub(
+        lambda found: found[1] + table(results / f"{found[2]}.json", found[3].split()) + found[4], text
+    )
     return _TREE.sub(lambda found: found[1] + tree() + found[2], with_tables)
 
 
-def table(path: Path) -> str:
+def table(path: Path, columns: Sequence[str] = ()) -> str:
     """Rows as a Markdown table, then the command and the machine; nothing where there is no such file.
 
     Rows with the same keys share a table; a file may hold several kinds.
+
+    Args:
+        path: NAME.json.
+        columns: Which keys are shown, in this order; none: all.
     """
     if not path.is_file():
         return ""
     content = json.loads(path.read_text(encoding="utf-8"))
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in content["rows"]:
+        row = {key: row.get(key) for key in columns} if columns else row
         kinds.setdefault(tuple(row), []).append(row)
     parts = [_rows(titles, rows) for titles, rows in kinds.items()]
     machine = ", ".join(f"{key} {_cell(value)}" for key, value in content["machine"].items())

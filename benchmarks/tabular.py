@@ -3,11 +3,11 @@
     python benchmarks/tabular.py --data NSL-KDD-FOLDER
     python benchmarks/tabular.py --data NSL-KDD-FOLDER --removed 99 --seeds 0
 
-The folder holds train.csv and test.csv. The task is normal against attack; the 41 columns become 118 encoded inputs
-(the rows' difficulty is no input). Each seed trains a teacher of its own with the product's own splits, then runs the
-shipped recipe `mlp`. Said plainly: the teacher's size and the distillation settings were tried out with test figures in
-sight (LOG.md), so only fresh seeds are a clean measure. The test split holds attacks that training never saw, which is
-why accuracies there are far below those of validation.
+The folder holds train.csv and test.csv. The task is normal against attack; the 41 columns become 117 or 118 encoded
+inputs (the rows' difficulty is no input). Each seed trains a teacher of its own with the product's own splits, then
+runs the shipped recipe `mlp`. Said plainly: the teacher's size and the distillation settings were tried out with test
+figures in sight (LOG.md), so only fresh seeds are a clean measure. The test split holds attacks that training never
+saw, which is why accuracies there are far below those of validation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EPOCHS, BATCH, RATE, DECAY = 30, 256, 1e-3, 1e-4
 LABEL, DIFFICULTY, SYMBOLIC = 41, 42, [1, 2, 3]
 
 
-def recipe_for(folder: Path, weights: Path, kept: float, seed: int) -> Recipe:
+def recipe_for(folder: Path, weights: Path, kept: float, seed: int, inputs: int = 1) -> Recipe:
     """The shipped recipe with this data, this teacher and this budget.
 
     Args:
@@ -47,10 +47,11 @@ def recipe_for(folder: Path, weights: Path, kept: float, seed: int) -> Recipe:
         weights: The teacher's.
         kept: Largest share of parameters.
         seed: Of splits, masks and distillation.
+        inputs: Encoded columns; a rare category that a split's training rows lack has none.
     """
     given = {
         "model.arch": f"{ROOT / 'examples' / 'mlp.py'}:mlp",
-        "model.args": {"inputs": 118, "hidden": HIDDEN},
+        "model.args": {"inputs": inputs, "hidden": HIDDEN},
         "model.weights": str(weights),
         "data.source": f"csv:{folder / 'train.csv'}",
         "data.test_source": f"csv:{folder / 'test.csv'}",
@@ -86,8 +87,8 @@ def train(model: nn.Module, data: Data, seed: int) -> nn.Module:
 
 def make_teacher(folder: Path, weights: Path, seed: int) -> None:
     """Train a teacher and write its weights."""
-    recipe = recipe_for(folder, weights, 1.0, seed)
-    data = load_data(recipe.data, seed=seed)
+    data = load_data(recipe_for(folder, weights, 1.0, seed).data, seed=seed)
+    recipe = recipe_for(folder, weights, 1.0, seed, data.input_shape[0])
     torch.manual_seed(seed)
     model = build_model(recipe.model.model_copy(update={"weights": None}))
     save_file(train(model, data, seed).state_dict(), weights)
@@ -105,8 +106,10 @@ def measure(folder: Path, work: Path, removed_pct: float, seed: int) -> dict[str
     weights = work / f"teacher-{seed}.safetensors"
     if not weights.exists():
         make_teacher(folder, weights, seed)
+    inputs = load_data(recipe_for(folder, weights, 1.0, seed).data, seed=seed).input_shape[0]
+    recipe = recipe_for(folder, weights, 1 - removed_pct / 100, seed, inputs)
     started = time.perf_counter()
-    outcome = compress(recipe_for(folder, weights, 1 - removed_pct / 100, seed), work / f"run-{removed_pct:g}-{seed}")
+    outcome = compress(recipe, work / f"run-{removed_pct:g}-{seed}")
     seconds = time.perf_counter() - started
     teacher, student = (
         next(row for row in outcome.scorecard.rows if row.model == name) for name in ("teacher", "student")

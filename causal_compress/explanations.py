@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from causal_compress.explain.explaining import Question, Subject, ask, ask_about
 from causal_compress.explain.page import Pictures, explanation_page, pictures_of
 from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Data, Split, load_data
-from causal_compress.inputs.images import ImageRows
+from causal_compress.inputs.images import ImageArray, ImageRows, image_array
 from causal_compress.inputs.models import build_model
 from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
@@ -91,8 +93,6 @@ def _subjects(folder: Path | None, recipe: Recipe, data: Data) -> tuple[Subject,
 
 
 def _surgery(folder: Path) -> Surgery:
-    from typing import Any
-
     from pydantic import TypeAdapter
 
     record: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json((folder / SURGERY).read_bytes())
@@ -102,7 +102,7 @@ def _surgery(folder: Path) -> Surgery:
 def _pictures(explanation: Explanation, data: Data, recipe: Recipe, question: Question) -> Pictures | None:
     if explanation.local is None or data.kind != "image" or question.x is None:
         return None
-    return pictures_of(explanation.local, question.x, data, recipe.explain)
+    return pictures_of(explanation.local, question.x, data, recipe.explain, seed=recipe.seed)
 
 
 def read_input(file: Path, data: Data) -> Tensor:
@@ -120,8 +120,11 @@ def read_input(file: Path, data: Data) -> Tensor:
     try:
         if file.suffix == ".npy":
             values = np.load(file, allow_pickle=False)
+            if not isinstance(rows, ImageRows):
+                return torch.from_numpy(values.astype(np.float32)).reshape(1, -1)
+            values = _as_stored(values, rows, file.name)
         elif isinstance(rows, ImageRows):
-            values = _open_image(file, rows.store.shape)
+            values = _open_image(file, rows.store.shape)[None]
         else:
             raise UsageError(
                 "a table's input can't be read from this file",
@@ -129,17 +132,29 @@ def read_input(file: Path, data: Data) -> Tensor:
                 wanted=".npy with the encoded row",
                 remedy="explain a row of the data with --index instead",
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError) as error:  # Pillow: SyntaxError on broken PNG headers
         raise DataError(
             f"{file} can't be read as an input",
             found=str(error),
             wanted="an image, or an .npy array",
             remedy="check the path and the file",
         ) from error
-    if isinstance(rows, ImageRows):
-        values = values if values.ndim == 3 else values[..., None]
-        return rows.preparation.normalized(rows.preparation.scaled(values[None], None))
-    return torch.from_numpy(values.astype(np.float32)).reshape(1, -1)
+    return rows.preparation.normalized(rows.preparation.scaled(values, None))
+
+
+def _as_stored(values: NDArray[Any], rows: ImageRows, name: str) -> NDArray[Any]:
+    """One image of an array, 1 x H x W x C, in the numbers of the data source."""
+    if values.ndim not in (2, 3) or values.dtype.kind not in "uifb":
+        raise DataError(
+            f"{name} is not one image",
+            found=f"shape {values.shape}, dtype {values.dtype}",
+            wanted="H x W or H x W x C numbers",
+            remedy="save one image, channels last",
+        )
+    stored = image_array(values[None], name).values
+    if isinstance(rows.store, ImageArray) and rows.store.values.dtype.kind == "f":
+        return values[None].reshape(stored.shape).astype(np.float32)  # a source of floats is taken as it stands
+    return stored
 
 
 def _open_image(file: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -154,7 +169,8 @@ def _open_image(file: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int
 
 
 def write_explanations(explained: Explained, path: Path) -> None:
-    """Write a self-contained page (.html) or JSON (.json)."""
+    """Write a self-contained page (.html) or JSON (.json); the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".html":
         atomic_write_text(path, explanation_page(explained.title, explained.explanations, explained.pictures))
         return

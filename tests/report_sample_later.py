@@ -110,8 +110,13 @@ def audit() -> Audit:
         ),
         quality=(
             Quality(
-                measure="ece", unit="share", teacher=0.0392, student=0.0441, change=estimate(0.0049, 0.0031, 10_000)
+                measure="overconfidence",
+                unit="share",
+                teacher=0.0392,
+                student=0.0441,
+                change=estimate(0.0049, 0.0031, 10_000),
             ),
+            Quality(measure="ece", unit="share", teacher=0.0392, student=0.0441, change=None),
             Quality(
                 measure="nll", unit="nats an input", teacher=0.28, student=0.31, change=estimate(0.03, 0.01, 10_000)
             ),

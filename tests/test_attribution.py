@@ -13,6 +13,7 @@ from torch import nn
 from causal_compress.errors import NumericalError
 from causal_compress.explain.attribution import (
     Draws,
+    Targets,
     attribute,
     conditional_differences,
     draw_patchworks,
@@ -246,7 +247,7 @@ def test_sites_are_attributed_too_and_results_repeat(shortcut):
     network, x = shortcut
     scene = open_scene(x[:10], image_features(), ["mean"], grid=8)
     engine = open_engine(network, precision="fp32")
-    found = [attribute(engine, scene, masks=128, sites=[0], draws=Draws(0, 3)) for _ in range(2)]
+    found = [attribute(engine, scene, masks=128, targets=Targets(sites=[0]), draws=Draws(0, 3)) for _ in range(2)]
     assert torch.equal(found[0].output.values, found[1].output.values)
     assert found[0].sites is not None
     assert found[0].sites.values.shape == (10, 1, 64)
@@ -263,3 +264,49 @@ def test_answers_that_are_not_finite_are_refused():
     network = trace(linear_model([1.0] * COLUMNS), torch.randn(2, COLUMNS))
     with pytest.raises(NumericalError, match="not finite"):
         open_engine(network, precision="fp32").answer(torch.full((2, COLUMNS), float("nan")))
+
+
+def test_log_odds_do_not_saturate():
+    assert log_odds(torch.tensor([[200.0, 0.0, 0.0]]))[0, 0].item() == pytest.approx(200 - np.log(2))
+    near = torch.tensor([[60.0, 0.0], [50.0, 0.0]])
+    torch.testing.assert_close(log_odds(near)[:, 0], torch.tensor([60.0, 50.0], dtype=torch.float64))
+
+
+def test_masks_take_turns_with_several_donors():
+    network = trace(linear_model([1.0] * COLUMNS), torch.zeros(2, COLUMNS))
+    donors = torch.arange(40.0)[:, None].expand(-1, COLUMNS)
+    scene = open_scene(torch.zeros(1, COLUMNS), table_features(), ["marginal"], grid=1, donors=donors)
+    masks = torch.ones(1, 32, COLUMNS, dtype=torch.bool)
+    engine = open_engine(network, precision="fp32", batch_size=5)
+    seen = respond(engine, scene, masks, ["marginal"] * 32).logits[0, :, 1]
+    assert len(seen.unique()) == 16
+    assert seen[:16].equal(seen[16:])
+
+
+def test_occlusion_claims_no_interval_and_no_null():
+    network = trace(linear_model([1.0] * COLUMNS), torch.zeros(2, COLUMNS))
+    scene = open_scene(torch.ones(2, COLUMNS), table_features(), ["mean"], grid=1)
+    found = attribute(open_engine(network, precision="fp32"), scene, estimator="occlusion").output
+    assert torch.isfinite(found.values).all()
+    for unknown in (found.low, found.high, found.null_low, found.null_high):
+        assert unknown.isnan().all()
+
+
+def test_only_the_targets_that_were_asked_for_are_estimated(shortcut):
+    network, x = shortcut
+    scene, engine = open_scene(x[:3], image_features(), ["mean"], grid=4), open_engine(network, precision="fp32")
+    both, one = (attribute(engine, scene, masks=32, targets=Targets(classes)) for classes in (None, [1]))
+    assert one.output.values.shape == (3, 1, 16)
+    assert one.output.values[:, 0].equal(both.output.values[:, 1])
+
+
+def test_inputs_that_are_pooled_are_resampled_whole():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(1, 200, 3, generator=generator) < 0.5
+    own = torch.randn(20, generator=generator).repeat_interleave(10).double()  # each input has an effect of its own
+    answers = ((~masks[0, :, 0]).double() * own)[None, :, None]
+    alone, whole = (
+        estimate(masks, answers, torch.zeros(200).long(), torch.arange(3), draws=Draws(100, 0, together))
+        for together in (1, 10)
+    )
+    assert (whole.high - whole.low)[0, 0, 0] > 1.4 * (alone.high - alone.low)[0, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from causal_compress.explain import subgroups
 from causal_compress.explain.audit import audit, sample
 from causal_compress.explain.corruptions import Corruption, corruptions
 from causal_compress.explain.drift import attribution_drift, feature_effects, map_drift
+from causal_compress.explain.examples import picture_png
+from causal_compress.explain.findings import findings
 from causal_compress.explain.paired import (
     Answers,
     Pair,
@@ -34,7 +37,7 @@ from causal_compress.explain.paired import (
 )
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.recipe import AuditSection, DataSection, NormalizeSection
-from causal_compress.results import AttributionDrift, Audit, Merge, Skip
+from causal_compress.results import AttributionDrift, Audit, Estimate, Merge, Quality, Skip
 from causal_compress.shrink.surgery import Student, assemble, copied
 from causal_compress.understand.trace import Network, trace
 
@@ -142,7 +145,7 @@ def test_nll_and_brier_are_those_of_torch(teacher: Network, digits: Data) -> Non
     x, y = digits.validation.take(np.arange(len(digits.validation)))
     with torch.no_grad():
         p, q = torch.softmax(teacher.graph(x), 1), torch.log_softmax(student.graph(x), 1)
-    _, nll, brier = quality(pair, 100, seed=0)
+    *_, nll, brier = quality(pair, 100, seed=0)
     assert nll.student == pytest.approx(float(F.nll_loss(q, y)), rel=1e-5)
     assert brier.teacher == pytest.approx(float((p - F.one_hot(y, 10)).square().sum(1).mean()), rel=1e-4)
     assert pair.divergence.mean() == pytest.approx(float((p * (p.log() - q)).sum(1).mean()), rel=1e-3)
@@ -164,7 +167,8 @@ def test_an_equal_student_shows_no_harm_at_all(teacher: Network, digits: Data) -
     assert found.overall.p_value == 1.0
     assert found.flips.agreement.pct == 100
     assert not found.gallery
-    assert all(one.change.value == 0 == one.change.high for one in found.quality)
+    assert all(one.change.value == 0 == one.change.high for one in found.quality if one.change is not None)
+    assert [one.measure for one in found.quality if one.change is None] == ["ece"]
     assert all(row.extra_drop_pp.value == 0 for row in found.corruptions)
     assert found.attribution is not None
     assert found.attribution.beyond_floor.value == 0
@@ -452,3 +456,73 @@ def test_samples_keep_the_order_and_the_labels(digits: Data) -> None:
     assert where == sorted(where)
     assert torch.equal(part.labels, split.labels[torch.tensor(where)])
     assert sample(split, None, 0) is split
+
+
+def answered(confidence: np.ndarray, right: np.ndarray) -> Answers:
+    return Answers(np.where(right, 0, 1), confidence, np.zeros(len(right)), np.zeros(len(right)))
+
+
+def test_the_interval_of_overconfidence_covers_the_true_change() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for round_ in range(40):
+        sure = rng.uniform(0.5, 1, 400)
+        right = rng.random(400) < sure  # the teacher is calibrated, the student too sure by 0.03
+        pair = Pair(
+            np.zeros(400, int), answered(sure, right), answered(sure + 0.03, rng.random(400) < sure), np.zeros(400)
+        )
+        found = {one.measure: one for one in quality(pair, 200, round_)}
+        change = found["overconfidence"].change
+        assert change is not None
+        covered += change.low <= 0.03 <= change.high
+        assert found["ece"].change is None
+    assert covered >= 33
+
+
+def test_a_close_call_is_not_called_sure() -> None:
+    pair = pair_of([0] * 1000, [0] * 1000, [0] * 1000)
+    whole = audit_of(pair)
+    torn = dataclasses.replace(whole.overall, drop_ci_pp=(0.01, 0.4), p_value=0.06)
+    assert findings(dataclasses.replace(whole, overall=torn))[0].sign == "unclear"
+    sure = dataclasses.replace(torn, p_value=0.04)
+    assert findings(dataclasses.replace(whole, overall=sure))[0].sign == "worse"
+
+
+def audit_of(pair: Pair) -> Audit:
+    """An audit that looked at answers alone."""
+    nothing = dict.fromkeys(("per_class", "quality", "corruptions", "gallery", "skipped"), ())
+    absent = dict.fromkeys(("groups", "attribution", "causal_map"))
+    told = {"overall": pair.compared(), "flips": flips(pair, ("a",))}
+    return Audit(split="validation", n=len(pair.labels), classes=1, seed=0, seconds=0.0, **told, **nothing, **absent)
+
+
+def test_surer_is_worse_only_where_confidence_exceeds_accuracy() -> None:
+    whole = audit_of(pair_of([0] * 10, [0] * 10, [0] * 10))
+    for ends, change, sign in (
+        ((0.0, 0.1), (0.05, 0.15), "worse"),
+        ((-0.2, -0.1), (0.05, 0.15), "better"),
+        ((0.2, 0.1), (-0.15, -0.05), "better"),
+        ((0.0, -0.1), (-0.15, -0.05), "unclear"),
+    ):
+        change = Estimate(value=sum(change) / 2, low=change[0], high=change[1], n=10)
+        one = Quality(measure="overconfidence", unit="share", teacher=ends[0], student=ends[1], change=change)
+        assert findings(dataclasses.replace(whole, quality=(one,)))[1].sign == sign
+
+
+def test_pixels_a_hair_outside_their_range_are_corrupted_too(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random(size=(60, 6, 6)).astype(np.float32)
+    x[:, 0, 0], x[:, 0, 1] = 1 + 1e-6, -1e-6
+    np.savez(tmp_path / "hair.npz", x_train=x, y_train=np.arange(60) % 2, x_test=x, y_test=np.arange(60) % 2)
+    data = load_data(DataSection(source=f"npz:{tmp_path / 'hair.npz'}", calibration=10, validation=10), seed=0)
+    kinds = kinds_of(data)
+    for kind in kinds.values():
+        made = torch.cat([x for x, _ in kind.batches(data.validation, 10)])
+        assert made.min() >= 0
+        assert made.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_pictures_of_any_number_of_channels(tmp_path: Path, channels: int) -> None:
+    x = np.random.default_rng(0).integers(0, 255, size=(60, 8, 8, channels), dtype=np.uint8)
+    np.savez(tmp_path / "many.npz", x=x, y=np.arange(60) % 2)
+    data = load_data(DataSection(source=f"npz:{tmp_path / 'many.npz'}", calibration=10, validation=10), seed=0)
+    assert picture_png(data.validation, 0).startswith(b"\x89PNG")

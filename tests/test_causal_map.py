@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import networkx as nx
+import numpy as np
 import pytest
 import tiny
 import torch
 from scipy.stats import spearmanr
 
-from causal_compress.explain.ablation import ablation_harm, output_kl, part, part_network, run_parted
-from causal_compress.explain.causal_map import as_graph, causal_map
+from causal_compress.explain.ablation import ablation_harm, mean_interval, output_kl, part, part_network, run_parted
+from causal_compress.explain.causal_map import _draw, as_graph, causal_map
 from causal_compress.explain.engine import open_engine, open_scene
 from causal_compress.inputs.data import Features
 from causal_compress.understand.trace import trace
@@ -166,3 +167,16 @@ def test_a_feature_that_the_network_can_not_see_has_no_effect():
     assert largest.value > found.features_null
     far = found.features[-1]
     assert far.value <= found.features_null
+
+
+def test_no_intervention_is_repeated_and_unused_baselines_are_not_named(graded):
+    network, x = graded
+    for baselines, count in ((("mean",), 4), (("mean", "blur"), 6)):
+        drawn = _draw(scene_of(x, baselines), count, 0)
+        assert int(drawn.all(2).sum(1).max()) == len(baselines)
+    found = causal_map(open_engine(network, precision="fp32"), ((0, 1, 2, 3, 4, 5),), scene_of(x, ("mean", "blur")))
+    assert found.baselines == ("mean",)
+
+
+def test_one_input_has_no_interval():
+    assert all(np.isnan(mean_interval(np.ones(1), seed=0)))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,19 @@ from torch import nn
 
 from causal_compress.cli import main
 from causal_compress.errors import CheckpointError, NumericalError, UsageError
+from causal_compress.explain import contrast as contrasting
 from causal_compress.explain.bias import bias_of
-from causal_compress.explain.constraints import domain_of
+from causal_compress.explain.constraints import Domain, domain_of
 from causal_compress.explain.contrast import contrast, parting_site
-from causal_compress.explain.counterfactual import Explainer, Found, describe, find, target_of, train_counterfactuals
+from causal_compress.explain.counterfactual import (
+    Explainer,
+    Found,
+    _refine,
+    describe,
+    find,
+    target_of,
+    train_counterfactuals,
+)
 from causal_compress.explain.counterfactual_folder import DESCRIPTION, WEIGHTS, load_explainer, save_explainer
 from causal_compress.explain.counterfactual_page import counterfactual_page, picture_png
 from causal_compress.explain.counterfactual_training import judge_of, other_classes, suspicions, target_loss
@@ -395,3 +405,53 @@ def test_the_commands_train_and_show(csv, tmp_path, capsys):
     assert main([*asked, name, "--out", str(tmp_path / "one.png")]) == 2
     assert main([*asked, name, "--out", str(tmp_path / "one.doc")]) == 2
     assert main(["counterfactual", "show", str(out), "--index", "999", "--target", name]) == 2
+
+
+def test_a_hit_counts_whatever_its_loss():
+    shares = iter(([0.45, 0.5, 0.05], [0.36, 0.34, 0.30], [0.9, 0.05, 0.05]))  # a miss with less loss than the hit
+    x = torch.zeros(1, 1, 2, 2)
+    bounds = {name: torch.zeros(1, 1, 1) for name in ("scale", "offset", "step", "least", "direction")}
+    rules = Domain(
+        low=torch.full((1, 1, 1), -9.0),
+        high=torch.full((1, 1, 1), 9.0),
+        immutable=torch.zeros(1, 1, 1, dtype=torch.bool),
+        **bounds,
+    )
+    looks = []
+
+    def decode(h, x):
+        looks.append(len(looks) + 1.0)
+        return x + looks[-1] + 0 * h
+
+    def judge(candidate):
+        return None, torch.tensor([next(shares)]).log() + 0 * candidate.sum()
+
+    generator = SimpleNamespace(encode=lambda x, target: torch.randn(x.shape), decode=decode)
+    section = CounterfactualSection(refine_steps=2)
+    asked = SimpleNamespace(domain=rules, section=section, generator=generator, judge=judge)
+    found, rising = _refine(asked, x, torch.tensor([0]), x)
+    assert found.unique().tolist() == [2.0]
+    assert not rising.any()
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 12])
+@pytest.mark.parametrize("shape", [(1, 8, 32), (3, 16, 16)])
+def test_any_width_and_any_side_make_a_generator(width, shape):
+    low, high = torch.zeros(shape[0], 1, 1), torch.ones(shape[0], 1, 1)
+    x = torch.rand(2, *shape)
+    target = torch.tensor([0, 1])
+    assert ImageGenerator(shape, 3, width, low, high)(x, target).shape == x.shape
+    assert Critic(shape, 3, width)(x, target)[0].shape == (2,)
+
+
+def test_class_means_come_from_anywhere_in_the_split_a_batch_at_a_time(table, network, monkeypatch):
+    order = torch.argsort(table.test.labels, stable=True)  # all of one class first, as in a folder
+    ordered = replace(table.test, labels=table.test.labels[order], positions=table.test.positions[order.numpy()])
+    sizes = []
+    monkeypatch.setattr(contrasting, "_INPUTS", 30)
+    monkeypatch.setattr(contrasting, "_BATCH", 16)
+    plain = contrasting._site_units
+    monkeypatch.setattr(contrasting, "_site_units", lambda net, x: sizes.append(len(x)) or plain(net, x))
+    axes = contrasting.class_axes(network, ordered, 0, 1)
+    assert axes.pairs >= 20
+    assert max(sizes) <= 16

@@ -150,3 +150,35 @@ def test_images_have_a_pixel_range_and_no_columns():
     assert (float(rules.low), float(rules.high)) == (-2.0, 2.0)
     with pytest.raises(UsageError, match="is for tables"):
         domain_of(data, CounterfactualSection(immutable=["x"]))
+
+
+def test_a_rare_category_is_no_violation(tmp_path):
+    jobs = ["z" if row < 6 else "ab"[row % 2] for row in range(4000)]
+    lines = ["size,job,label", *(f"{row / 7},{job},{row % 2}" for row, job in enumerate(jobs))]
+    (tmp_path / "rare.csv").write_text("\n".join(lines) + "\n")
+    data = load_data(
+        DataSection(source=f"csv:{tmp_path / 'rare.csv'}", target="label", calibration=8, validation=8), seed=0
+    )
+    rules = domain_of(data, CounterfactualSection())
+    (group,) = rules.groups
+    assert len(group) == 3
+    x, _ = data.train.take([0])
+    for position in group:
+        proposed = x.clone()
+        proposed[0, list(group)] = 0.0
+        proposed[0, position] = 1.0
+        made = project(rules, x, proposed)
+        assert made[0, position] == 1
+        assert not violations(rules, x, made).any()
+
+
+def test_a_range_off_the_grid_is_kept_all_the_same(table):
+    rules = domain_of(table, CounterfactualSection(ranges={"age": (30.4, 39.6), "rate": (0.3, 0.7)}))
+    raw = torch.stack([rules.low, rules.high]).double() * rules.scale + rules.offset
+    assert raw[:, 0].tolist() == pytest.approx([31, 39], abs=1e-4)
+    assert raw[:, 1].tolist() == pytest.approx([0.3, 0.7], abs=1e-6)
+    x, _ = table.test.take(range(len(table.test)))
+    for far in (-9.0, 9.0):
+        assert not violations(rules, x, project(rules, x, x + far)).any()
+    with pytest.raises(UsageError, match="is empty"):
+        domain_of(table, CounterfactualSection(ranges={"age": (30.2, 30.8)}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,12 +12,18 @@ import pytest
 import small_runs
 import torch
 from pydantic import TypeAdapter
+from torch import nn
 
 from causal_compress.cli import main
-from causal_compress.explain.explaining import Question, Subject, explain
+from causal_compress.commands.explaining import show_explanation
+from causal_compress.errors import DataError
+from causal_compress.explain.engine import open_engine
+from causal_compress.explain.explaining import Question, Subject, _Asked, _decided, explain
 from causal_compress.explain.page import explanation_page, pictures_of
+from causal_compress.explanations import read_input
 from causal_compress.inputs.data import load_data
 from causal_compress.inputs.models import build_model
+from causal_compress.recipe import DataSection
 from causal_compress.recipe_file import recipe_yaml
 from causal_compress.results import Explanation
 from causal_compress.understand.trace import trace
@@ -206,3 +213,109 @@ def test_sites_and_classes_of_one_input(explained):
     assert len(found.output[0].features) == 16
     assert found.sufficient.verified
     assert (found.causal_map.scope, found.causal_map.inputs) == ("one input", 1)
+
+
+def test_without_skip_connections_the_map_is_of_units_and_says_so(explained, capsys):
+    _, x, data, recipe = explained
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 10)]
+    network = trace(nn.Sequential(nn.Flatten(), *layers), data.example_input)
+    subject = Subject("chain", network, tuple((site,) for site in range(len(network.regions))))
+    found = explain(subject, data, recipe.explain, Question(data.validation, x=x, name="one"), seed=0)
+    assert found.causal_map.estimator == found.local.causal_map.estimator == "units"
+    assert any("no skip connection" in note for note in found.notes)
+    assert len({round(node.ace, 12) for node in found.causal_map.nodes}) == len(network.regions)
+    show_explanation(found)
+    assert "not taken apart: " in capsys.readouterr().out
+    page = explanation_page("digits", [found], [None])
+    assert "could not be taken apart" in page
+    assert found.local.causal_map.skipped[0].reason in page
+
+
+def test_with_skip_connections_the_map_stays_as_asked(explained):
+    found = explained[0]
+    assert found.causal_map.estimator == "output"
+    assert not any("no skip connection" in note for note in found.notes)
+
+
+def test_one_input_does_not_cost_every_class(explained):
+    assert explained[0].classes == ()
+
+
+def test_inputs_are_drawn_from_the_whole_split(explained):
+    _, _, data, recipe = explained
+    order = torch.argsort(data.validation.labels, stable=True)
+    whole = data.validation
+    ordered = replace(whole, labels=whole.labels[order], positions=whole.positions[order.numpy()])
+    network = trace(build_model(recipe.model), data.example_input)
+    section = recipe.explain.model_copy(update={"map_inputs": 24})
+    asked = _Asked(open_engine(network), data, section, ("mean",), "units", 0)
+    x = _decided(asked, Question(ordered, x=x_of(data)))[-1]
+    assert len(x) == 24
+    with torch.no_grad():
+        assert len(build_model(recipe.model)(x).argmax(1).unique()) >= 5
+
+
+def x_of(data):
+    """Some input: classes are then not asked for."""
+    return data.validation.take([0])[0]
+
+
+def test_an_array_is_prepared_as_the_data_are(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "bytes.npz", x=x, y=np.arange(40) % 2)
+    data = load_data(DataSection(source=f"npz:{tmp_path / 'bytes.npz'}", calibration=8, validation=8), seed=0)
+    wanted, _ = data.validation.take([5])
+    pixels = data.validation.rows.store.read(data.validation.positions[[5]])[0]
+    for values in (pixels.astype(np.float64), pixels.astype(np.int64), pixels[..., 0]):
+        np.save(tmp_path / "one.npy", values)
+        torch.testing.assert_close(read_input(tmp_path / "one.npy", data), wanted)
+    for values in (np.array("abc"), np.zeros((2, 2, 2, 2)), np.full((8, 8), np.nan)):
+        np.save(tmp_path / "one.npy", values)
+        with pytest.raises(DataError):
+            read_input(tmp_path / "one.npy", data)
+    (tmp_path / "one.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="can't be read"):
+        read_input(tmp_path / "one.npy", data)
+
+
+def test_a_row_of_words_is_refused(tmp_path):
+    data = load_data(small_runs.table_recipe(tmp_path / "w.safetensors").data, seed=0)
+    np.save(tmp_path / "row.npy", np.array(["a", "b"]))
+    with pytest.raises(DataError, match="can't be read"):
+        read_input(tmp_path / "row.npy", data)
+
+
+def test_pictures_show_the_donor_that_the_search_used(explained):
+    found, x, data, recipe = explained
+    marginal = recipe.explain.model_copy(update={"baselines": ["marginal"]})
+    shown = pictures_of(found.local, x, data, marginal, seed=0)
+    assert shown.sufficient != shown.original
+    assert shown.sufficient == pictures_of(found.local, x, data, marginal, seed=0).sufficient
+
+
+def test_what_has_no_interval_shows_a_dash(explained):
+    _, x, data, recipe = explained
+    network = trace(build_model(recipe.model), data.example_input)
+    section = recipe.explain.model_copy(update={"estimator": "occlusion"})
+    subject = Subject("network", network, (tuple(range(len(network.regions))),))
+    told = explain(subject, data, section, Question(data.validation, x=x, name="one"), seed=0)
+    assert np.isnan(told.local.output[0].features[0].low)
+    assert any("no interval" in note for note in told.notes)
+    page = explanation_page("digits", [told], [None])
+    assert "nan" not in page.lower().replace("dominant", "")
+    assert "<td>–</td>" in page
+    show_explanation(told)
+
+
+def test_a_run_takes_no_seed_not_even_zero(tmp_path, capsys):
+    assert main(["explain", str(tmp_path), "--seed", "0"]) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_the_folder_of_out_is_made(digits, tmp_path, capsys):
+    page = tmp_path / "new" / "page.json"
+    assert main(["explain", "--recipe", str(digits[0]), "--class", "3", "--out", str(page), "-q"]) == 0
+    capsys.readouterr()
+    assert page.exists()

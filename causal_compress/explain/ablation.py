@@ -230,7 +230,9 @@ def output_kl(before: Float[Tensor, "samples classes"], after: Float[Tensor, "sa
 
 
 def mean_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]], *, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean, inputs being the independent units."""
+    """95 % bootstrap interval of a mean, inputs being the independent units; NaN of fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
     draws = np.random.default_rng(seed).integers(0, len(values), (500, len(values)))
     low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
     return float(low), float(high)

@@ -9,7 +9,7 @@ patches share strength (a Laplacian penalty), because what a network looks at is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,13 +29,31 @@ _SCALES = (2, 3)  # sides of the cells of masks, in patches, on a grid of 8
 
 @dataclass(frozen=True)
 class Draws:
-    """Resamples for intervals, as many permutations for nulls, and the seed of both."""
+    """Resamples for intervals, as many permutations for nulls, and the seed of both.
+
+    Attributes:
+        count: How many.
+        seed: Of them, and of the masks.
+        together: So many masks in a row are drawn together: those of one input, where several inputs are pooled.
+    """
 
     count: int = 0
     seed: int = 0
+    together: int = 1
 
 
 NO_DRAWS = Draws()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What effects are estimated on: classes at the output (None: all), and sites."""
+
+    classes: Sequence[int] | None = None
+    sites: Sequence[int] = ()
+
+
+ALL_CLASSES = Targets()
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,13 @@ class Scores:
 
 def log_odds(logits: Float[Tensor, "*rows classes"]) -> Float[Tensor, "*rows classes"]:
     """Of every class against all others together [nats]: what a probability near 0 or 1 hides."""
-    most = logits.double().log_softmax(-1)
-    rest = torch.log(-torch.expm1(most.clamp_max(-1e-12)))
-    return most - rest
+    wide = logits.double()
+    most = wide.log_softmax(-1)
+    odds = most - torch.log(-torch.expm1(most.clamp_max(-1e-12)))
+    # the likeliest class has no digits left in its probability, but has them in its logit
+    top = wide.argmax(-1, keepdim=True)
+    others = wide.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+    return odds.scatter(-1, top, wide.gather(-1, top) - others)
 
 
 def draw_patchworks(
@@ -208,7 +230,7 @@ def estimate(
         if not draws.count:
             fitted.append((value, value, value, torch.zeros(len(value)), torch.zeros(len(value))))
             continue
-        drawn = _resamples(groups, draws.count, generator)
+        drawn = _resamples(groups, draws, generator)
         ends = torch.quantile(fit(response, drawn), torch.tensor([0.025, 0.975]).double(), dim=0)
         dealt = torch.cat([response[_permuted(groups, generator)] for _ in range(draws.count)], 1)
         null = fit(dealt, plain)[0].view(draws.count, *value.shape).transpose(0, 1).flatten(1)
@@ -224,9 +246,15 @@ def _penalty(layout: Tensor, masks: int) -> Tensor:
     return masks * (ridge * torch.eye(features, dtype=torch.float64) + _SMOOTH * neighbour_penalty(layout))
 
 
-def _resamples(groups: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """How often each mask is drawn, within the masks of its baseline."""
+def _resamples(groups: Tensor, how: Draws, generator: torch.Generator) -> Tensor:
+    """How often each mask is drawn: within the masks of its baseline, or with all masks of its input."""
+    draws = how.count
     weights = torch.zeros(draws, len(groups), dtype=torch.float64)
+    if how.together > 1:
+        inputs = len(groups) // how.together
+        chosen = torch.randint(inputs, (draws, inputs), generator=generator)
+        counts = weights[:, :inputs].scatter_add(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+        return counts.repeat_interleave(how.together, 1)
     for number in groups.unique():
         at = torch.nonzero(groups == number)[:, 0]
         chosen = at[torch.randint(len(at), (draws, len(at)), generator=generator)]
@@ -245,7 +273,7 @@ def _permuted(groups: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Attributed:
-    """Attributions of some inputs: at the output for every class, and at the sites that were asked for."""
+    """Attributions of some inputs: at the output for the classes, and at the sites, that were asked for."""
 
     output: Scores
     sites: Scores | None
@@ -259,37 +287,40 @@ def attribute(
     *,
     masks: int = 512,
     estimator: Estimator = "surrogate",
-    sites: Sequence[int] = (),
+    targets: Targets = ALL_CLASSES,
     draws: Draws = NO_DRAWS,
 ) -> Attributed:
-    """Causal effects of the features of each input on the log-odds of every class, and on the ACE at sites.
+    """Causal effects of the features of each input on the log-odds of classes, and on the ACE at sites.
 
     Args:
         engine: The network.
         scene: Inputs, features, and baselines that share the masks evenly.
         masks: Forward passes per input; occlusion takes one per feature and baseline instead.
         estimator: surrogate, difference, or occlusion (one feature at a time: blind to what features do together).
-        sites: Sites at which effects are estimated too: there the response of a mask is its ACE term, so an effect says
-            how much of the disturbance goes away when the feature stays.
-        draws: For intervals and nulls; its seed draws the masks too. Occlusion has no randomness, so no intervals.
+        targets: Classes, in the order of the scores; and sites at which effects are estimated too: there the response
+            of a mask is its ACE term, so an effect says how much of the disturbance goes away when the feature stays.
+        draws: For intervals and nulls; its seed draws the masks too. Occlusion has no randomness, so neither (NaN).
 
     Limits: an effect is relative to the baselines; a feature that looks like its baseline has none.
     """
     generator = torch.Generator().manual_seed(draws.seed)
     names = list(scene.baselines)
+    sites = targets.sites
+    wanted: slice | list[int] = slice(None) if targets.classes is None else list(targets.classes)
     if estimator == "occlusion":
         drawn, chosen = _single_masks(scene, names)
+        scene = replace(scene, turns=None)  # features are compared with one another, so under the same donor
     else:
         drawn = draw_patchworks(len(scene.x), masks, scene.layout, generator)
         chosen = [names[number * len(names) // masks] for number in range(masks)]
     plain = engine.watch(scene.x)
     seen = respond(engine, scene, drawn, chosen, sites=sites)
     groups = torch.tensor([names.index(name) for name in chosen])
-    answers = log_odds(seen.logits)
+    answers = log_odds(seen.logits)[..., wanted]
     disturbed = _disturbances([plain[site].cpu() for site in sites], seen) if sites else None
     logits = plain[-1].cpu()
     if estimator == "occlusion":
-        before = log_odds(logits)[:, None]
+        before = log_odds(logits)[:, None, wanted]
         after = _occluded(answers - before, groups)
         at_sites = _occluded(disturbed, groups) if disturbed is not None else None
         return Attributed(after, at_sites, logits, drawn.shape[1])
@@ -311,8 +342,8 @@ def _occluded(change: Tensor, groups: Tensor) -> Scores:
     """Mean over baselines of what masking each feature alone takes away."""
     baselines = int(groups.max()) + 1
     value = -change.view(len(change), baselines, -1, change.shape[-1]).mean(1).mT.float()
-    nothing = torch.zeros(value.shape[:2])
-    return Scores(value, value, value, nothing, nothing)
+    unknown, nowhere = torch.full_like(value, torch.nan), torch.full(value.shape[:2], torch.nan)
+    return Scores(value, unknown, unknown, nowhere, nowhere)
 
 
 def _disturbances(plain: Sequence[Tensor], seen: Responses) -> Tensor:

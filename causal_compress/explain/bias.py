@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -39,17 +40,17 @@ def probe_bias(explainer: Explainer, split: Split, *, inputs: int, seed: int = 0
     Args:
         explainer: Trained.
         split: Real inputs; not the test split if anything is chosen by the result.
-        inputs: At most so many of them.
-        seed: Of the targets.
+        inputs: At most so many of them, drawn at random.
+        seed: Of inputs and targets.
     """
-    x, _ = split.take(range(min(inputs, len(split))))
+    x, _ = split.take(np.random.default_rng(seed).permutation(len(split))[:inputs])
     with torch.no_grad():
         predicted = torch.cat([explainer.judge(batch)[1].argmax(1) for batch in x.split(_BATCH)])
     target = other_classes(predicted, len(explainer.classes), torch.Generator().manual_seed(seed))
-    return bias_of(explainer, find(explainer, x, target), split)
+    return bias_of(explainer, find(explainer, x, target), split, seed=seed)
 
 
-def bias_of(explainer: Explainer, found: Found, split: Split) -> BiasProbe:
+def bias_of(explainer: Explainer, found: Found, split: Split, *, seed: int = 0) -> BiasProbe:
     """What given counterfactuals change and which changes decide, by intervention: each feature's change is carried out
     alone, and taken back alone.
 
@@ -57,6 +58,7 @@ def bias_of(explainer: Explainer, found: Found, split: Split) -> BiasProbe:
         explainer: Network, features, and the recipe's `watch`.
         found: Counterfactuals; those that are not valid are left out.
         split: Real inputs of each class, to see which features are constant there.
+        seed: Which of them, where there are many.
 
     Returns:
         One entry for each class pair, and a warning where a watched feature, or one that is nearly constant within
@@ -71,7 +73,7 @@ def bias_of(explainer: Explainer, found: Found, split: Split) -> BiasProbe:
     _check_watched(explainer.section.watch, names)
     turns = _turns(explainer, found, layout, len(names))
     suspects = dict.fromkeys(explainer.section.watch, "named in counterfactual.watch")
-    for number in _constant_within_classes(explainer, split, layout, len(names)):
+    for number in _constant_within_classes(explainer, split, layout, len(names), seed):
         suspects.setdefault(names[number], "nearly constant within each class")
     pairs, warnings = [], []
     for source, goal in torch.stack([found.predicted, found.target], 1)[found.valid].unique(dim=0).tolist():
@@ -138,9 +140,9 @@ def _warnings(turns: _Turns, here: Tensor, names: Sequence[str], suspects: dict[
     ]
 
 
-def _constant_within_classes(explainer: Explainer, split: Split, layout: Tensor, features: int) -> list[int]:
+def _constant_within_classes(explainer: Explainer, split: Split, layout: Tensor, features: int, seed: int) -> list[int]:
     """Features whose values, within every class, hardly vary."""
-    x, label = split.take(range(min(_REAL, len(split))))
+    x, label = split.take(np.random.default_rng(seed).permutation(len(split))[:_REAL])
     unit = x / explainer.domain.span()
     spreads = [unit[label == klass].std(0) for klass in label.unique() if int((label == klass).sum()) >= _LEAST]
     if not spreads:

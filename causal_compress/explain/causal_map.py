@@ -6,6 +6,7 @@ computation* does with that (the branch; see `ablation.py`), the rest of the net
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -57,14 +58,17 @@ def causal_map(
         estimator: output: KL(P(do) || P) of the network's answer when the node's own computation alone gets what it
             makes of the intervened input (the effect that the node mediates). units: the ACE of the paper, |delta|
             times KL over the softmax of the node's units, of the whole activation at the node's end.
-        masks: Interventions of each input, in turns half of its features and all of them; baselines take turns too.
+        masks: Interventions of each input: half of its features, and once for each baseline all of them; baselines take
+            turns, two interventions at a time, so 2 * baselines use each of them once both ways.
         seed: Of masks and resamples.
 
     Source: TRACER, arXiv:2410.05484 (units); natural indirect effects, Pearl 2001 (output).
-    Limits: effects of nodes do not add up: what one mediates another can undo or repeat.
+    Limits: effects of nodes do not add up: what one mediates another can undo or repeat. Where nothing goes around a
+        node, "output" gives it the whole effect; without any skip connection that is one number for all of them.
     """
     parts = part_network(engine.network)
     drawn = _draw(scene, masks, seed)
+    used = tuple(scene.baselines)[: -(-masks // 2)]
     before = (engine.spent.forwards, engine.spent.seconds)
     seen = _observe(engine, parts, nodes, scene, drawn, estimator)
     count = len(scene.x) * masks
@@ -76,7 +80,7 @@ def causal_map(
         edges=_edges(seen, len(nodes), seed),
         features=effects,
         features_null=null,
-        baselines=tuple(scene.baselines),
+        baselines=used,
         inputs=len(scene.x),
         interventions=count,
         forwards=engine.spent.forwards - before[0],
@@ -87,11 +91,12 @@ def causal_map(
 
 def _draw(scene: Scene, masks: int, seed: int) -> Bool[Tensor, "samples masks features"]:
     """Half of the features, then all of them: measured on ResNet-56 (benchmarks/causal_map.py), these two rank nodes as
-    ablation does, while weak interventions see only nodes that react to details.
+    ablation does, while weak interventions see only nodes that react to details. All of them only once for each
+    baseline: a second time would be the same intervention again.
     """
     generator = torch.Generator().manual_seed(seed)
     half = torch.rand(len(scene.x), masks, len(scene.names), generator=generator) < 0.5
-    half[:, 1::2] = True
+    half[:, 1 : 2 * len(scene.baselines) : 2] = True
     return half
 
 
@@ -189,9 +194,11 @@ def _edges(seen: _Seen, nodes: int, seed: int) -> tuple[MapEdge, ...]:
 
 
 def _share_with_interval(flow: Array, held: Array, seed: int) -> tuple[float, float, float]:
-    """1 - held / flow of the means, with a bootstrap over inputs."""
+    """1 - held / flow of the means, with a bootstrap over inputs; NaN where there is one input only."""
     if not flow.sum() > 0:
         return 0.0, 0.0, 0.0
+    if len(flow) < 2:
+        return float(1 - held.sum() / flow.sum()), math.nan, math.nan
     draws = np.random.default_rng(seed).integers(0, len(flow), (500, len(flow)))
     totals = flow[draws].sum(1)
     ratios = 1 - held[draws].sum(1)[totals > 0] / totals[totals > 0]
@@ -210,7 +217,7 @@ def _features(
         -output.reshape(1, inputs * masks, 1),
         groups,
         scene.layout,
-        draws=Draws(100, seed),
+        draws=Draws(100, seed, together=masks),
     )
     columns = (scene.names, scores.values[0, 0].tolist(), scores.low[0, 0].tolist(), scores.high[0, 0].tolist())
     effects = tuple(

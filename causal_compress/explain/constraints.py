@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -178,6 +179,10 @@ def _table_domain(data: Data) -> Domain:
     raw = torch.from_numpy(data.train.show(range(count)))
     features = data.features
     width = encoded.shape[1]
+    groups = tuple(p for p, names in zip(features.columns, features.categories, strict=True) if names)
+    # every category that training knows is in range, also one that fewer rows have than a quantile cuts off
+    one_hot = torch.zeros(width, dtype=torch.bool)
+    one_hot[[position for group in groups for position in group]] = True
     scale, offset, step = (torch.full((width,), fill, dtype=torch.float64) for fill in (1.0, 0.0, 0.0))
     for column, positions in enumerate(features.columns):
         if not features.categories[column]:
@@ -185,8 +190,8 @@ def _table_domain(data: Data) -> Domain:
             scale[at], offset[at] = _affine(encoded[:, at].double(), raw[:, column])
             step[at] = _grid(raw[:, column])
     return Domain(
-        low=encoded.quantile(_EXTREME, 0, interpolation="nearest"),
-        high=encoded.quantile(1 - _EXTREME, 0, interpolation="nearest"),
+        low=encoded.quantile(_EXTREME, 0, interpolation="nearest").masked_fill(one_hot, 0.0),
+        high=encoded.quantile(1 - _EXTREME, 0, interpolation="nearest").masked_fill(one_hot, 1.0),
         scale=scale,
         offset=offset,
         step=step,
@@ -194,7 +199,7 @@ def _table_domain(data: Data) -> Domain:
         direction=torch.zeros(width),
         immutable=torch.zeros(width, dtype=torch.bool),
         columns=features.columns,
-        groups=tuple(p for p, names in zip(features.columns, features.categories, strict=True) if names),
+        groups=groups,
     )
 
 
@@ -227,17 +232,27 @@ def _constrained(domain: Domain, data: Data, section: CounterfactualSection) -> 
     for option, sign in (("rises", 1.0), ("falls", -1.0)):
         for name in getattr(section, option):
             direction[_numeric(name, names, categories, domain, option)] += sign
-    for name, (least, most) in section.ranges.items():
+    for name, given in section.ranges.items():
         at = _numeric(name, names, categories, domain, "ranges")
-        if least > most:
+        ends = _inwards(given, float(domain.step[at]))
+        if ends[0] > ends[1]:
             raise UsageError(
                 f"counterfactual.ranges of '{name}' is empty",
-                found=f"[{least:g}, {most:g}]",
-                remedy="give the lowest value first",
+                found=f"[{given[0]:g}, {given[1]:g}]"
+                + (f" in steps of {float(domain.step[at]):g}" if domain.step[at] else ""),
+                remedy="give the lowest value first, and a range that holds a value of the column's grid",
             )
-        low[at], high[at] = ((value - float(domain.offset[at])) / float(domain.scale[at]) for value in (least, most))
+        low[at], high[at] = ((value - float(domain.offset[at])) / float(domain.scale[at]) for value in ends)
     immutable |= (direction == 0) & _asked_both_ways(section, names, domain)
     return replace(domain, immutable=immutable, direction=direction, low=low, high=high)
+
+
+def _inwards(ends: tuple[float, float], step: float) -> tuple[float, float]:
+    """A range whose ends lie on the grid: what is clamped to it is snapped afterwards, and must not leave it again."""
+    if not step:
+        return ends
+    near = 1e-6  # 0.3 / 0.1 is not 3
+    return math.ceil(ends[0] / step - near) * step, math.floor(ends[1] / step + near) * step
 
 
 def _asked_both_ways(section: CounterfactualSection, names: Sequence[str], domain: Domain) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from causal_compress.errors import DataError
@@ -17,7 +19,8 @@ from causal_compress.understand.effect import effect_terms, units
 from causal_compress.understand.intervene import intervene_batch
 from causal_compress.understand.trace import Network, site_activations
 
-_INPUTS = 1000
+_INPUTS = 500
+_BATCH = 64  # all activations of a batch are held at a time
 _LEAST = 10
 _QUANTILE = 0.95
 _MASKS = 64
@@ -45,9 +48,9 @@ def contrast(
         explainer: It made the counterfactual.
         network: The network explained.
         found: Of this one input.
-        split: Where the input comes from; its first inputs give class means and the floor.
+        split: Where the input comes from; inputs drawn from it give class means and the floor.
         index: The input's position in the split.
-        seed: Of the masks.
+        seed: Of the masks and of those inputs.
 
     Returns:
         For every site the share of the way from class to class, what is usual within a class, and both local effects.
@@ -57,7 +60,7 @@ def contrast(
 
     Limits: units are means over positions, so two inputs may look alike at a site that tells them apart by place.
     """
-    axes = class_axes(network, split, int(found.predicted[0]), int(found.target[0]))
+    axes = class_axes(network, split, int(found.predicted[0]), int(found.target[0]), seed=seed)
     with torch.no_grad():
         ours, theirs = (_site_units(network, x) for x in (found.x, found.counterfactual))
     gaps = [float(axis @ (b - a)[0]) for axis, a, b in zip(axes.axes, ours, theirs, strict=True)]
@@ -93,30 +96,27 @@ def parting_site(sites: tuple[SitePart, ...]) -> str | None:
     return parted
 
 
-def class_axes(network: Network, split: Split, source: int, goal: int) -> ClassAxes:
+def class_axes(network: Network, split: Split, source: int, goal: int, *, seed: int = 0) -> ClassAxes:
     """At each site the way from one class's mean to another's, and how far inputs of one class lie apart along it.
 
     Args:
         network: Traced network.
-        split: Its first inputs are used; only those that the network gets right.
+        split: Inputs of the two classes are drawn from it; only those that the network gets right are used.
         source: The class where the way begins.
         goal: The class where it ends.
+        seed: Of the draw.
 
     Raises:
         DataError: too few inputs of one of the two classes.
     """
-    x, label = split.take(range(min(_INPUTS, len(split))))
-    with torch.no_grad():
-        sites = _site_units(network, x)
+    drawn = [_drawn(split, klass, seed) for klass in (source, goal)]
+    _refuse_few([len(rows) for rows in drawn])
+    chosen = np.concatenate(drawn)
+    label = split.labels[torch.from_numpy(chosen)]
+    sites = _units_of_rows(network, split, chosen)
     right = sites[-1].argmax(1) == label
     groups = [torch.nonzero(right & (label == klass))[:, 0] for klass in (source, goal)]
-    if min(len(group) for group in groups) < _LEAST:
-        raise DataError(
-            "too few inputs to say what is usual within a class",
-            found=f"{len(groups[0])} and {len(groups[1])} inputs of the two classes that the network gets right",
-            wanted=f"at least {_LEAST} of each among the first {_INPUTS} of the split",
-            remedy="give more data",
-        )
+    _refuse_few([len(group) for group in groups])
     axes, floors = [], []
     for u in sites:
         way = u[groups[1]].mean(0) - u[groups[0]].mean(0)
@@ -125,6 +125,31 @@ def class_axes(network: Network, split: Split, source: int, goal: int) -> ClassA
         steps = torch.cat([(u[group][1:] - u[group][:-1]) @ axis for group in groups])
         floors.append(float(steps.abs().quantile(_QUANTILE)))
     return ClassAxes(axes, floors, sum(len(group) - 1 for group in groups))
+
+
+def _refuse_few(counts: list[int]) -> None:
+    if min(counts) < _LEAST:
+        raise DataError(
+            "too few inputs to say what is usual within a class",
+            found=f"{counts[0]} and {counts[1]} inputs of the two classes that the network gets right",
+            wanted=f"at least {_LEAST} of each among at most {_INPUTS} that are drawn from the split",
+            remedy="give more data",
+        )
+
+
+def _drawn(split: Split, klass: int, seed: int) -> NDArray[np.int64]:
+    """At most so many positions of a class's inputs, drawn at random: a split may stand in any order."""
+    members = torch.nonzero(split.labels == klass)[:, 0].numpy()
+    return np.random.default_rng(seed).permutation(members)[:_INPUTS]
+
+
+def _units_of_rows(network: Network, split: Split, rows: NDArray[np.int64]) -> SiteUnits:
+    found = []
+    for start in range(0, len(rows), _BATCH):
+        x, _ = split.take(rows[start : start + _BATCH])
+        with torch.no_grad():
+            found.append(_site_units(network, x))
+    return [torch.cat(site) for site in zip(*found, strict=True)]
 
 
 def _site_units(network: Network, x: Tensor) -> SiteUnits:

@@ -27,6 +27,7 @@ JPEG = (80, 58, 40)
 COLUMN_NOISE = (0.1, 0.25, 0.5)
 COLUMN_DROPOUT = (0.05, 0.15, 0.3)
 _BLUR_SIDE = 32
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def corruptions(data: Data, split: Split, seed: int) -> list[Corruption] | Skip:
     """
     if isinstance(split.rows, ImageRows):
         pixels = _pixels(split, split.positions[: min(64, len(split))])
-        if pixels.min() < 0 or pixels.max() > 1:
+        if pixels.min() < -_ROUNDING or pixels.max() > 1 + _ROUNDING:
             found = f"pixels from {pixels.min():.3g} to {pixels.max():.3g} before normalisation, not in [0, 1]"
             return Skip(what="corruptions", reason=f"{found}: what a raw image looks like is not known")
         return list(_of_images(max(pixels.shape[1:3]), seed))
@@ -84,7 +85,8 @@ def _image_batches(damage: Callable[[Pixels, np.random.Generator], Pixels], seed
         preparation = split.rows.preparation
         generator = np.random.default_rng(seed)
         for start in range(0, len(split), size):
-            damaged = damage(_pixels(split, split.positions[start : start + size]), generator)
+            clean = np.clip(_pixels(split, split.positions[start : start + size]), 0, 1)
+            damaged = damage(clean, generator)
             x = torch.from_numpy(np.ascontiguousarray(damaged.transpose(0, 3, 1, 2)))
             yield preparation.normalized(x.repeat(1, preparation.repeat, 1, 1)), split.labels[start : start + size]
 

@@ -211,10 +211,11 @@ def _refine(explainer: Explainer, x: Tensor, target: Tensor, made: Tensor) -> tu
             candidate = straight_through(domain, x, explainer.generator.decode(start + spread * walk, x))
             logits = explainer.judge(candidate)[1]
             surprise = F.cross_entropy(logits, target, reduction="none")
-            better = ~done & (surprise.detach() < best_surprise)
+            hit = logits.detach().argmax(1) == target  # may come with a larger loss than a miss among three classes
+            better = ~done & (hit | (surprise.detach() < best_surprise))
             best = torch.where(_rows(better, x), candidate.detach(), best)
             best_surprise = torch.where(better, surprise.detach(), best_surprise)
-            done |= logits.detach().argmax(1) == target
+            done |= hit
             before, last = last, surprise.detach()
             if bool(done.all()):
                 break

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -321,7 +322,8 @@ def _refuse_divergence(losses: dict[str, float], step: int) -> None:
 
 @torch.no_grad()
 def _check(players: _Players, judge: Judge, domain: Domain, split: Split, step: int) -> TrainingCheck:
-    x, label = (value.to(domain.low.device) for value in split.take(range(min(_WATCHED, len(split)))))
+    rows = np.random.default_rng(0).permutation(len(split))[:_WATCHED]  # the same at every check
+    x, label = (value.to(domain.low.device) for value in split.take(rows))
     logits = judge(x)[1]
     draws = torch.Generator().manual_seed(step)
     target = other_classes(logits.argmax(1), logits.shape[1], draws)

@@ -157,7 +157,8 @@ def map_drift(
     Returns:
         The drift, and the nodes that can't be compared, with reasons.
 
-    Limits: an effect at a node depends on the number of its units, so nodes that lost channels are left out.
+    Limits: an effect at a node depends on the number of its units, so nodes that lost channels are left out. Intervals
+        of changes are not paired over inputs (both sides have masks of their own): small changes may go unseen.
     """
     if len(split) < LEAST_ROWS:
         reason = f"{len(split)} inputs; the effects at nodes need at least {LEAST_ROWS}"

@@ -26,6 +26,9 @@ from causal_compress.understand.observe import network_device
 from causal_compress.understand.trace import Network
 
 Precision = Literal["auto", "fp32", "bf16"]
+DONORS = 16
+DONOR_ROWS = 256
+"""Calibration inputs among which donors are drawn."""
 
 
 @dataclass
@@ -156,6 +159,8 @@ class Scene:
         names: The features.
         baselines: For each baseline what the inputs become where they are masked, in the shape of x.
         scope: What the inputs are, in words.
+        turns: Donors of the baseline "marginal", with whom the masks of an input take turns when it is responded to;
+            None: each input has one donor for all its masks.
     """
 
     x: Tensor
@@ -163,12 +168,22 @@ class Scene:
     names: tuple[str, ...]
     baselines: dict[Baseline, Tensor]
     scope: str = "data"
+    turns: Float[Tensor, "donors ..."] | None = None
 
-    def masked(self, rows: Int[Tensor, " cases"], masks: Bool[Tensor, "cases features"], baseline: Baseline) -> Tensor:
-        """do(x'): input `rows[i]` with the features of `masks[i]` at the baseline."""
+    def masked(
+        self,
+        rows: Int[Tensor, " cases"],
+        masks: Bool[Tensor, "cases features"],
+        baseline: Baseline,
+        number: Int[Tensor, " cases"] | None = None,
+    ) -> Tensor:
+        """do(x'): input `rows[i]` with the features of `masks[i]` at the baseline; donors take turns by `number[i]`."""
         positions = masks[:, self.layout]
         positions = positions[:, None] if self.x.ndim == 4 else positions
-        return apply(self.x[rows], positions, self.baselines[baseline][rows])
+        values = self.baselines[baseline][rows]
+        if baseline == "marginal" and self.turns is not None and number is not None:
+            values = self.turns[number % len(self.turns)]
+        return apply(self.x[rows], positions, values)
 
 
 def open_scene(
@@ -187,17 +202,21 @@ def open_scene(
         features: What can be masked.
         baselines: What masked features become.
         grid: Images: patches per side.
-        donors: Other inputs, from which "marginal" draws; without them it draws from x.
+        donors: Other inputs, from which "marginal" draws: one for each input, and 16 with whom the masks of an input
+            take turns in `respond`, for one donor's effects are not those of another; without them it draws from x.
         seed: Of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     values: dict[Baseline, Tensor] = {}
+    turns: Tensor | None = None
     for baseline in baselines:
         if baseline == "marginal" and donors is not None:
             values[baseline] = donors[torch.randint(len(donors), (len(x),), generator=generator)].to(x)
+            turns = donors[torch.randperm(len(donors), generator=generator)[:DONORS]].to(x)
         else:
             values[baseline] = baseline_values(x, baseline, features, generator)
-    return Scene(x, feature_layout(features, x.shape[1:], grid), feature_names(features, x.shape[1:], grid), values)
+    layout, names = feature_layout(features, x.shape[1:], grid), feature_names(features, x.shape[1:], grid)
+    return Scene(x, layout, names, values, turns=turns)
 
 
 @dataclass(frozen=True)
@@ -245,11 +264,12 @@ def respond(
 def _run(engine: Engine, scene: Scene, masks: Tensor, baseline: Baseline, sites: Sequence[int]) -> list[list[Tensor]]:
     samples, count, width = masks.shape
     rows = torch.arange(samples).repeat_interleave(count)
+    number = torch.arange(count).repeat(samples)
     flat = masks.reshape(-1, width)
     kept: list[list[Tensor]] = [[] for _ in range(1 + len(sites))]
     for start in range(0, len(rows), engine.batch_size):
         part = slice(start, start + engine.batch_size)
-        seen = engine.watch(scene.masked(rows[part], flat[part], baseline))
+        seen = engine.watch(scene.masked(rows[part], flat[part], baseline, number[part]))
         for position, site in enumerate((-1, *sites)):
             kept[position].append(seen[site].cpu())
     return kept

@@ -59,7 +59,7 @@ def picture_png(split: Split, index: int) -> bytes:
     from PIL import Image
 
     pixels = split.show([index])[0]
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3])
     scale = max(1, 64 // max(image.size))
     target = io.BytesIO()
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(target, "PNG")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from causal_compress.errors import DataError, UsageError
-from causal_compress.explain.attribution import Attributed, Draws, Scores, attribute
-from causal_compress.explain.causal_map import Nodes, causal_map
-from causal_compress.explain.engine import Engine, Scene, open_engine, open_scene
+from causal_compress.explain.ablation import part_network
+from causal_compress.explain.attribution import Attributed, Draws, Scores, Targets, attribute
+from causal_compress.explain.causal_map import Estimator, Nodes, causal_map
+from causal_compress.explain.engine import DONOR_ROWS, DONORS, Engine, Scene, open_engine, open_scene
 from causal_compress.explain.minimal import minimal_sets
 from causal_compress.inputs.data import Data, Split
 from causal_compress.recipe import ExplainSection, GroupSection, InterveneSection
@@ -82,13 +83,12 @@ def explain(subject: Subject, data: Data, section: ExplainSection, question: Que
         UsageError: a class that the network gives to none of the inputs.
     """
     engine = open_engine(subject.network, precision=section.precision, batch_size=section.batch_size)
-    asked = _Asked(engine, data, section, _baselines(section, data), seed)
-    found = _decided(engine, question, data, section)
+    asked = _Asked(engine, data, section, _baselines(section, data), _map_estimator(subject.network, section), seed)
+    found = _decided(asked, question)
     scene = asked.map_scene(_map_inputs(found, question, section), _scope(question, data))
-    drawn = causal_map(
-        engine, subject.nodes, scene, estimator=section.map_estimator, masks=section.map_masks, seed=seed
-    )
-    classes = tuple(_class_attribution(asked, number, x) for number, x in found.items() if len(x) and number >= 0)
+    drawn = causal_map(engine, subject.nodes, scene, estimator=asked.estimator, masks=section.map_masks, seed=seed)
+    explained = {number: x for number, x in found.items() if len(x) and number >= 0 and question.x is None}
+    classes = tuple(_class_attribution(asked, number, x) for number, x in explained.items())
     local = None if question.x is None else _local(asked, subject, question)
     grid = section.grid if data.kind == "image" else None
     return Explanation(
@@ -99,7 +99,7 @@ def explain(subject: Subject, data: Data, section: ExplainSection, question: Que
         local=local,
         forwards=engine.spent.forwards,
         seconds=engine.spent.seconds,
-        notes=_notes(engine, data, found, asked.baselines),
+        notes=tuple(_notes(asked, found)),
     )
 
 
@@ -111,6 +111,7 @@ class _Asked:
     data: Data
     section: ExplainSection
     baselines: tuple[Baseline, ...]
+    estimator: Estimator
     seed: int
 
     def scene(self, x: Tensor, scope: str) -> Scene:
@@ -122,7 +123,7 @@ class _Asked:
         return self._scene(x, scope, tuple(self.section.map_baselines))
 
     def _scene(self, x: Tensor, scope: str, baselines: tuple[Baseline, ...]) -> Scene:
-        donors, _ = next(self.data.calibration.batches(256))
+        donors, _ = next(self.data.calibration.batches(DONOR_ROWS))
         opened = open_scene(x, self.data.features, baselines, grid=self.section.grid, donors=donors, seed=self.seed)
         return replace(opened, scope=scope)
 
@@ -135,17 +136,27 @@ def _baselines(section: ExplainSection, data: Data) -> tuple[Baseline, ...]:
     return tuple(chosen)
 
 
+def _map_estimator(network: Network, section: ExplainSection) -> Estimator:
+    """Without any skip connection every node passes all that there is, so effects on the answer are one number."""
+    chained = not any(piece.around for piece in part_network(network))
+    return "units" if chained else section.map_estimator
+
+
 def _scope(question: Question, data: Data) -> str:
     return "data" if question.of_class is None else f"class {data.classes[question.of_class]}"
 
 
-def _decided(engine: Engine, question: Question, data: Data, section: ExplainSection) -> dict[int, Tensor]:
-    """Inputs by the class that the network gives them; under -1 the first ones, whatever they are."""
-    wanted = range(len(data.classes)) if question.of_class is None else [question.of_class]
+def _decided(asked: _Asked, question: Question) -> dict[int, Tensor]:
+    """Inputs by the class that the network gives them, where classes are explained; under -1 some, whatever they are.
+    All are drawn at random, for a split may stand in the order of its classes.
+    """
+    engine, data, section = asked.engine, asked.data, asked.section
+    wanted = [] if question.x is not None else list(range(len(data.classes)))
+    wanted = wanted if question.of_class is None else [question.of_class]
     enough = section.class_inputs if question.of_class is None else max(section.class_inputs, section.map_inputs)
     found: dict[int, list[Tensor]] = {number: [] for number in wanted}
     first: list[Tensor] = []
-    for x, _ in question.split.batches(section.batch_size, limit=_MOST_SEARCHED):
+    for x, _ in question.split.batches(section.batch_size, limit=_MOST_SEARCHED, shuffle_seed=asked.seed):
         first.append(x[: max(0, section.map_inputs - sum(map(len, first)))])
         decisions = engine.answer(x, exact=True).argmax(1).cpu()
         for number, kept in found.items():
@@ -176,11 +187,14 @@ def _class_attribution(asked: _Asked, number: int, x: Float[Tensor, "samples ...
         scene,
         masks=section.class_masks,
         estimator=section.estimator,
+        targets=Targets([number]),
         draws=Draws(20, asked.seed),
     )
-    values = done.output.values[:, number].double().numpy()
+    values = done.output.values[:, 0].double().numpy()
     drawn = np.random.default_rng(asked.seed).integers(0, len(x), (500, len(x)))
     low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5), axis=0)
+    if len(x) < 2:  # one input says nothing about others
+        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
     # nulls of single inputs are independent, so the mean's is narrower by the root of their number
     root = len(x) ** 0.5
     return Attribution(
@@ -188,8 +202,8 @@ def _class_attribution(asked: _Asked, number: int, x: Float[Tensor, "samples ...
         target=name,
         estimator=section.estimator,
         features=_effects(scene.names, values.mean(0).tolist(), low.tolist(), high.tolist()),
-        null_low=float(done.output.null_low[:, number].mean()) / root,
-        null_high=float(done.output.null_high[:, number].mean()) / root,
+        null_low=float(done.output.null_low[:, 0].mean()) / root,
+        null_high=float(done.output.null_high[:, 0].mean()) / root,
         baselines=asked.baselines,
         inputs=len(x),
         masks=done.masks,
@@ -211,17 +225,17 @@ def _local(asked: _Asked, subject: Subject, question: Question) -> LocalExplanat
     assert question.x is not None
     scene = asked.scene(question.x, "one input")
     ends = [node[-1] for node in subject.nodes[:-1]]
+    logits = engine.answer(question.x, exact=True)[0].cpu()
+    likeliest = logits.argsort(descending=True).tolist()[: 1 + _OTHER_CLASSES]
     done = attribute(
         engine,
         scene,
         masks=section.masks,
         estimator=section.estimator,
-        sites=ends,
+        targets=Targets(likeliest, ends),
         draws=Draws(section.bootstraps, asked.seed),
     )
-    logits = engine.answer(question.x, exact=True)[0].cpu()
-    likeliest = logits.argsort(descending=True).tolist()
-    order = done.output.values[:, likeliest[0]]
+    order = done.output.values[:, 0]
     sets = {
         kind: minimal_sets(engine, scene, order, kind=kind, baseline=asked.baselines[0], classes=classes)[0]
         for kind in ("sufficient", "necessary")
@@ -231,8 +245,8 @@ def _local(asked: _Asked, subject: Subject, question: Question) -> LocalExplanat
         engine,
         subject.nodes,
         many,
-        estimator=section.map_estimator,
-        masks=2 * len(section.map_baselines),
+        estimator=asked.estimator,
+        masks=2 * len(many.baselines),
         seed=asked.seed,
     )
     return LocalExplanation(
@@ -241,16 +255,21 @@ def _local(asked: _Asked, subject: Subject, question: Question) -> LocalExplanat
         true_class=None if question.true_class is None else classes[question.true_class],
         decision=classes[likeliest[0]],
         confidence_pct=100 * float(logits.softmax(0).max()),
-        output=tuple(_at_output(asked, scene, done, number) for number in likeliest[: 1 + _OTHER_CLASSES]),
+        output=tuple(
+            _attribution(asked, scene, done, (done.output, place), ("output", classes[number]))
+            for place, number in enumerate(likeliest)
+        ),
         nodes=_at_sites(asked, scene, done, [subject.network.regions[site].info.name for site in ends]),
         sufficient=sets["sufficient"],
         necessary=sets["necessary"],
-        causal_map=replace(found, inputs=1),  # one input, many times
+        causal_map=replace(found, inputs=1, interventions=_different(many)),  # one input, many times
     )
 
 
-def _at_output(asked: _Asked, scene: Scene, done: Attributed, number: int) -> Attribution:
-    return _attribution(asked, scene, done, (done.output, number), ("output", asked.data.classes[number]))
+def _different(many: Scene) -> int:
+    """Interventions that differ: random halves all do, all features at once only where a baseline has many donors."""
+    different: list[int] = [len(values.flatten(1).unique(dim=0)) for values in many.baselines.values()]
+    return len(many.x) * len(different) + sum(different)
 
 
 def _at_sites(asked: _Asked, scene: Scene, done: Attributed, sites: Sequence[str]) -> tuple[Attribution, ...]:
@@ -279,15 +298,26 @@ def _attribution(
     )
 
 
-def _notes(engine: Engine, data: Data, found: dict[int, Tensor], baselines: Sequence[Baseline]) -> tuple[str, ...]:
-    notes = [
-        f"attributions computed in {'bfloat16' if engine.bf16 else 'float32'}; minimal sets and the map in float32"
-    ]
-    notes.append(f"masked features became: {', '.join(baselines)}; minimal sets: {baselines[0]}")
-    unseen = [data.classes[number] for number, x in found.items() if number >= 0 and not len(x)]
-    if unseen:
-        notes.append(f"never the network's answer on the inputs searched, so not explained: {', '.join(unseen)}")
-    return tuple(notes)
+def _notes(asked: _Asked, found: dict[int, Tensor]) -> Iterator[str]:
+    names, baselines, section = asked.data.classes, asked.baselines, asked.section
+    precision = "bfloat16" if asked.engine.bf16 else "float32"
+    yield f"attributions computed in {precision}; minimal sets and the map in float32"
+    yield f"masked features became: {', '.join(baselines)}; minimal sets: {baselines[0]}"
+    if "marginal" in baselines:
+        one = "; minimal sets hold against one of them" if baselines[0] == "marginal" else ""
+        yield f"marginal: masks took turns with up to {DONORS} calibration inputs (occlusion: one){one}"
+    if section.estimator == "occlusion":
+        yield "occlusion draws nothing at random, so the effects on one input have no interval, and no null is known"
+    if asked.estimator != section.map_estimator:
+        yield (
+            "no skip connection was found, so each node passes all that there is and its effect on the answer would be "
+            "the same everywhere: the map shows effects on the nodes' own units (estimator units) instead"
+        )
+    seen = {names[number]: len(x) for number, x in found.items() if number >= 0}
+    if unseen := [name for name, count in seen.items() if not count]:
+        yield f"never the network's answer on the inputs searched, so not explained: {', '.join(unseen)}"
+    if once := [name for name, count in seen.items() if count == 1]:
+        yield f"answered once on the inputs searched, so without intervals: {', '.join(once)}"
 
 
 def ask(data: Data, split: Split, *, index: int | None, of_class: str | None) -> Question:

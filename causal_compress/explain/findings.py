@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from causal_compress.explain import formats
 from causal_compress.explain.audit_drawings import SURE
-from causal_compress.results import Audit, CorruptionRow, Estimate, GroupChange
+from causal_compress.results import Audit, CorruptionRow, Estimate, GroupChange, Quality
 
 Sign = Literal["worse", "same", "better", "unclear"]
 
@@ -39,9 +39,8 @@ def _found(audit: Audit) -> Iterator[Finding]:
     if audit.per_class:
         yield _classes(audit.per_class)
     for quality in audit.quality:
-        if quality.measure == "ece":
-            values = f"expected calibration error {formats.number(quality.teacher)} → {formats.number(quality.student)}"
-            yield _estimated("Does it know less well when to be unsure?", quality.change, values, 4)
+        if quality.measure == "overconfidence" and quality.change is not None:
+            yield _confidence(quality, quality.change)
     disturbed = [row for row in audit.corruptions if row.severity > 0]
     if disturbed:
         yield _corrupted(disturbed)
@@ -68,7 +67,10 @@ def _accuracy(audit: Audit) -> Finding:
         f"{formats.signed(-both.drop_pp)} points (95 % interval {formats.opposite(low, high)}, n = {audit.n:,}); "
         f"p {formats.p_value(both.p_value)}"
     )
-    return Finding("Is it right less often?", *_judged(low, high), evidence)
+    judged = _judged(low, high)
+    if (low > 0 or high < 0) and both.p_value >= SURE:  # interval and exact test disagree: a close call
+        judged = ("unclear", "Perhaps")
+    return Finding("Is it right less often?", *judged, evidence)
 
 
 def _judged(low: float, high: float) -> tuple[Sign, str]:
@@ -76,6 +78,18 @@ def _judged(low: float, high: float) -> tuple[Sign, str]:
     if low > 0:
         return "worse", "Yes"
     return ("better", "No, better") if high < 0 else ("same", "No difference found")
+
+
+def _confidence(quality: Quality, change: Estimate) -> Finding:
+    """Surer than before is harm only where confidence exceeds accuracy; less sure is good only down to there."""
+    values = f"confidence beyond accuracy {formats.signed(quality.teacher, 4)} → {formats.signed(quality.student, 4)}"
+    found = _estimated("Is it surer of itself than it is right?", change, values, 4)
+    match found.sign:
+        case "worse" if quality.student <= 0:
+            return replace(found, sign="better", answer="No, and less underconfident")
+        case "better" if quality.student < 0:
+            return replace(found, sign="unclear", answer="No, but now it is underconfident")
+    return found
 
 
 def _estimated(question: str, change: Estimate, values: str, places: int) -> Finding:
@@ -128,8 +142,10 @@ def _mapped(audit: Audit) -> Finding:
         )
     sign: Sign = "same" if not moved else "unclear"
     answer = f"At {formats.count(len(moved), 'place')}" if moved else "No difference found"
-    chance = formats.fixed(of / 20, 1)
-    evidence = f"effect changed at {len(moved)} of {of} places (by chance: {chance}){ranks}; n = {drift.inputs:,}"
+    chance = formats.fixed(of / 20, 1)  # at most: intervals of the changes are not paired, so too wide
+    evidence = (
+        f"effect changed at {len(moved)} of {of} places (by chance: at most {chance}){ranks}; n = {drift.inputs:,}"
+    )
     return Finding("Do other parts of the network carry the decision?", sign, answer, evidence)
 
 

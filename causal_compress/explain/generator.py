@@ -27,7 +27,7 @@ class Modulated(nn.Module):
         super().__init__()
         self.first = nn.Linear(channels, channels) if flat else nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Linear(channels, channels) if flat else nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.GroupNorm(min(8, channels), channels, affine=False)
+        self.norm = nn.GroupNorm(math.gcd(8, channels), channels, affine=False)
         self.style = nn.Embedding(classes, 2 * channels)
         nn.init.normal_(self.style.weight, std=0.2)
 
@@ -52,7 +52,8 @@ class ImageGenerator(nn.Module):
     def __init__(self, shape: Sequence[int], classes: int, width: int, low: Tensor, high: Tensor) -> None:
         super().__init__()
         channels, *sides = shape
-        levels = max(1, min(_MOST_LEVELS, round(math.log2(max(sides) / _SMALLEST_SIDE))))
+        levels = max(1, min(_MOST_LEVELS, round(math.log2(min(sides) / _SMALLEST_SIDE))))
+        narrow = max(1, width // 2)
         widths = [min(width * 2**level, width * _WIDEST) for level in range(levels)]
         self.register_buffer("low", low.clone(), persistent=False)
         self.register_buffer("high", high.clone(), persistent=False)
@@ -60,9 +61,9 @@ class ImageGenerator(nn.Module):
         self.down = nn.ModuleList(nn.Conv2d(few, many, 4, 2, 1) for few, many in pairs)
         self.blocks = nn.ModuleList(Modulated(widths[-1], classes, flat=False) for _ in range(_BLOCKS))
         inner = widths[-2::-1]  # each is met twice on the way up: from below, and beside it from the encoder
-        pairs = zip([widths[-1], *(2 * wide for wide in inner)], [*inner, width // 2], strict=True)
+        pairs = zip([widths[-1], *(2 * wide for wide in inner)], [*inner, narrow], strict=True)
         self.up = nn.ModuleList(nn.Conv2d(many, few, 3, padding=1) for many, few in pairs)
-        self.last = nn.Conv2d(width // 2 + channels, channels, 3, padding=1, bias=False)
+        self.last = nn.Conv2d(narrow + channels, channels, 3, padding=1, bias=False)
         nn.init.normal_(self.last.weight, std=_SMALL)  # training begins near the identity, at realistic images
 
     def encode(self, x: Float[Tensor, "samples channels height width"], target: Int[Tensor, " samples"]) -> Tensor:
@@ -173,7 +174,8 @@ class Critic(nn.Module):
 def _image_body(shape: Sequence[int], width: int) -> nn.Module:
     channels, *sides = shape
     layers: list[nn.Module] = []
-    levels = max(2, min(_MOST_LEVELS + 1, round(math.log2(max(sides) / 4))))
+    levels = max(2, min(_MOST_LEVELS + 1, round(math.log2(min(sides) / 4))))
+    levels = max(1, min(levels, int(math.log2(min(sides)))))  # each halves the shorter side
     for level in range(levels):
         wide = min(width * 2**level, width * _WIDEST)
         layers += [nn.Conv2d(channels, wide, 4, 2, 1), nn.LeakyReLU(0.2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,21 @@ from torch import Tensor
 
 from causal_compress.explain import formats, svg
 from causal_compress.explain.causal_map import as_graph
-from causal_compress.explain.engine import open_scene
+from causal_compress.explain.engine import DONOR_ROWS, open_scene
 from causal_compress.explain.svg import Caption
 from causal_compress.inputs.data import Data
 from causal_compress.inputs.images import ImageRows
 from causal_compress.recipe import ExplainSection
-from causal_compress.results import Attribution, CausalMap, Explanation, LocalExplanation, MinimalSet
+from causal_compress.results import (
+    Attribution,
+    CausalMap,
+    Explanation,
+    FeatureEffect,
+    LocalExplanation,
+    MapEdge,
+    MapNode,
+    MinimalSet,
+)
 
 _BARS, _SIDE = 12, 256
 
@@ -34,7 +44,7 @@ class Pictures:
     necessary: bytes | None
 
 
-def pictures_of(local: LocalExplanation, x: Tensor, data: Data, section: ExplainSection) -> Pictures:
+def pictures_of(local: LocalExplanation, x: Tensor, data: Data, section: ExplainSection, *, seed: int = 0) -> Pictures:
     """The input and its two minimal sets, as pictures.
 
     Args:
@@ -42,8 +52,10 @@ def pictures_of(local: LocalExplanation, x: Tensor, data: Data, section: Explain
         x: The input (1, channels, height, width), normalised.
         data: Features, and how images were normalised.
         section: Grid and baselines.
+        seed: Of the explanation: the same donor stands in for what is masked.
     """
-    scene = open_scene(x, data.features, section.baselines[:1], grid=section.grid)
+    donors, _ = next(data.calibration.batches(DONOR_ROWS))
+    scene = open_scene(x, data.features, section.baselines[:1], grid=section.grid, donors=donors, seed=seed)
 
     def shown(found: MinimalSet) -> bytes | None:
         if not found.found:
@@ -65,7 +77,7 @@ def _png(image: Tensor, data: Data) -> bytes:
     image = image if std is None else image * torch.tensor(std).view(-1, 1, 1)
     image = image if mean is None else image + torch.tensor(mean).view(-1, 1, 1)
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3])
     scale = max(1, _SIDE // max(picture.size))
     target = io.BytesIO()
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(target, "PNG")
@@ -90,9 +102,16 @@ def explanation_page(title: str, explanations: Sequence[Explanation], pictures: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=formats.number, seconds=formats.seconds, pct=formats.pct, base64=_base64)
+    environment.filters.update(
+        number=formats.number, span=_span, seconds=formats.seconds, pct=formats.pct, base64=_base64
+    )
     views = [_view(number, *pair) for number, pair in enumerate(zip(explanations, pictures, strict=True))]
     return environment.get_template("explain.html.j2").render(title=title, views=views)
+
+
+def _span(one: FeatureEffect | MapNode | MapEdge) -> str:
+    """An interval; a dash where there is none."""
+    return f"{formats.number(one.low)} to {formats.number(one.high)}" if math.isfinite(one.low) else formats.MISSING
 
 
 def _base64(data: bytes) -> str:
@@ -123,27 +142,23 @@ def _largest(attribution: Attribution) -> tuple[object, ...]:
 def effect_bars(attribution: Attribution, key: str) -> Markup:
     """Largest effects for and against, with intervals, on one scale; the band is the null."""
     largest = sorted(attribution.features, key=lambda feature: -abs(feature.value))[:_BARS]
-    ends = [value for feature in largest for value in (feature.low, feature.high)]
-    axis = svg.make_axis([0.0, attribution.null_low, attribution.null_high, *ends], 200, 560)
+    null = (attribution.null_low, attribution.null_high)
+    ends = [value for feature in largest for value in (feature.value, feature.low, feature.high)]
+    axis = svg.make_axis([0.0, *filter(math.isfinite, (*null, *ends))], 200, 560)
     height = 24.0 * len(largest)
-    parts = [
-        svg.rect(
-            axis.at(attribution.null_low),
-            0,
-            axis.at(attribution.null_high) - axis.at(attribution.null_low),
-            height,
-            "band",
-        ),
-        svg.line(axis.at(0), 0, axis.at(0), height, "rule"),
-    ]
+    parts = []
+    if math.isfinite(null[0]):  # without masks drawn at random there is none
+        parts.append(svg.rect(axis.at(null[0]), 0, axis.at(null[1]) - axis.at(null[0]), height, "band"))
+    parts.append(svg.line(axis.at(0), 0, axis.at(0), height, "rule"))
     for row, feature in enumerate(largest):
         y, zero, end = 24.0 * row, axis.at(0), axis.at(feature.value)
         parts += [
             svg.text(190, y + 15, feature.name[:28], anchor="end"),
             svg.rect(min(zero, end), y + 4, abs(end - zero), 14, "pale" if feature.value > 0 else "base"),
-            svg.line(axis.at(feature.low), y + 11, axis.at(feature.high), y + 11, "whisker"),
             svg.text(570, y + 15, formats.signed(feature.value)),
         ]
+        if math.isfinite(feature.low):
+            parts.append(svg.line(axis.at(feature.low), y + 11, axis.at(feature.high), y + 11, "whisker"))
     words = "Bars to the right speak for the answer, to the left against it; the shaded band is the null."
     return svg.document(Caption(key, f"Effect of the features on {attribution.target}", words), 640, height + 4, parts)
 
@@ -176,7 +191,7 @@ def map_figure(found: CausalMap, key: str) -> Markup:
     """Nodes from the input (left) to the answer (right): height of the disc's column is ACE, lines are what flows."""
     graph = as_graph(found)
     step = 840 / max(2, len(found.nodes) + 1)
-    most = max((node.high for node in found.nodes), default=1.0) or 1.0
+    most = max((v for node in found.nodes for v in (node.ace, node.high) if math.isfinite(v)), default=1.0) or 1.0
     place = {-1: (20.0, 200.0)} | {node.index: (20 + step * (node.index + 1), 200.0) for node in found.nodes}
     parts = []
     for source, target, edge in graph.edges(data=True):
@@ -194,9 +209,10 @@ def map_figure(found: CausalMap, key: str) -> Markup:
         top, width = 160 * node.ace / most, min(26.0, step * 0.6)
         parts += [
             svg.rect(x - width / 2, y - 12 - top, width, top, "pale"),
-            svg.whisker(x, y - 12 - 160 * max(0.0, node.low) / most, y - 12 - 160 * node.high / most),
             Markup('<circle cx="{:.1f}" cy="{:.1f}" r="5" class="dot strong"/>').format(x, y),
         ]
+        if math.isfinite(node.low):
+            parts.append(svg.whisker(x, y - 12 - 160 * max(0.0, node.low) / most, y - 12 - 160 * node.high / most))
         if len(found.nodes) <= 16 or node.index % (len(found.nodes) // 12 + 1) == 0:
             parts.append(svg.text(x, 264, str(node.index + 1), anchor="middle"))
     parts += [svg.text(20, 264, "input", anchor="middle" if step > 60 else "start")]

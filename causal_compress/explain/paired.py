@@ -204,25 +204,18 @@ def calibration_error(confidence: Numbers, right: Mask, bins: int = ECE_BINS) ->
 
 
 def quality(pair: Pair, resamples: int, seed: int) -> tuple[Quality, ...]:
-    """ECE, NLL and Brier score of both, and student minus teacher with a paired bootstrap interval."""
+    """ECE, overconfidence, NLL and Brier score of both; but for the ECE student minus teacher with a paired interval.
+
+    Limits: too sure in some places and too unsure in others can leave no overconfidence; the ECE sees both, but its
+        change has no interval: resampling raises it, so the bootstrap misses the true change.
+    """
     was, still = pair.teacher.right(pair.labels), pair.student.right(pair.labels)
-    n = len(pair.labels)
-
-    def errors(rows: Rows) -> tuple[float, float]:
-        return (
-            calibration_error(pair.teacher.confidence[rows], was[rows]),
-            calibration_error(pair.student.confidence[rows], still[rows]),
-        )
-
-    def difference(rows: Rows) -> float:
-        before, after = errors(rows)
-        return after - before
-
-    change = paired_interval(difference, n, resamples, seed)
-    before, after = errors(np.arange(n))
     unit = f"share, {ECE_BINS} bins of equal mass, largest probability"
-    found = [Quality(measure="ece", unit=unit, teacher=before, student=after, change=change)]
-    measured: tuple[tuple[Literal["nll", "brier"], str, Numbers, Numbers], ...] = (
+    before, after = calibration_error(pair.teacher.confidence, was), calibration_error(pair.student.confidence, still)
+    found = [Quality(measure="ece", unit=unit, teacher=before, student=after, change=None)]
+    too_sure = (pair.teacher.confidence - was, pair.student.confidence - still)
+    measured: tuple[tuple[Literal["overconfidence", "nll", "brier"], str, Numbers, Numbers], ...] = (
+        ("overconfidence", "mean confidence minus accuracy, share", *too_sure),
         ("nll", "nats an input", pair.teacher.nll, pair.student.nll),
         ("brier", "squared error summed over classes, 0 to 2", pair.teacher.brier, pair.student.brier),
     )

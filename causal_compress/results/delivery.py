@@ -300,8 +300,8 @@ class QuantizedFile:
 @dataclass(frozen=True, kw_only=True, config=config)
 class Quantized:
     """INT8 forms of the student, and which precision the measured runtime should run.
-    `speedup` is FP32's latency over INT8's (10th percentiles) with a 95 % interval over interleaved `rounds`; None where no file
-    for CPUs was asked for. `calibration` counts inputs.
+    `speedup` is FP32's latency over INT8's (10th percentiles) with a 95 % interval over interleaved `rounds`;
+    None where no file for CPUs was asked for. `calibration` counts inputs.
     """
 
     files: tuple[QuantizedFile, ...]

@@ -70,14 +70,16 @@ class Flips:
 @dataclass(frozen=True, kw_only=True, config=config)
 class Quality:
     """How good the probabilities are: teacher's, student's, and student minus teacher with a paired interval.
-    All are better when smaller. `unit` says what is measured and how.
+    All are better when smaller, but overconfidence (mean confidence minus accuracy) is best at 0. The ECE is biased
+    upwards, more so with few inputs, and so are its resamples: its change has no honest interval (None).
+    `unit` says what is measured and how.
     """
 
-    measure: Literal["ece", "nll", "brier"]
+    measure: Literal["overconfidence", "ece", "nll", "brier"]
     unit: str
     teacher: float
     student: float
-    change: Estimate
+    change: Estimate | None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
@@ -127,7 +129,8 @@ class AttributionDrift:
 @dataclass(frozen=True, kw_only=True, config=config)
 class NodeDrift:
     """One cut point that both networks have in full width: its average causal effect [nats] in each.
-    `again` is the teacher's with other masks; `change` is student minus teacher with its interval.
+    `again` is the teacher's with other masks; `change` is student minus teacher with its interval, which takes the two
+    sides as independent although their inputs are the same: too wide rather than too narrow.
     """
 
     node: str
