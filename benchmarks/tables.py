@@ -142,7 +142,7 @@ def tree() -> str:
         lines.append(_line(PACKAGE / room, 2))
         lines += [_line(path, 4) for path in sorted((PACKAGE / room).glob("*.py")) if path.stem != "__init__"]
     lines += [_line(PACKAGE / f"{name}.py", 2) for name in (*middle, *last)]
-    lines += [f"{name:<24}{what}" for name, what in _OTHER_FOLDERS if (ROOT / name).is_dir()]
+    lines += [f"{name:<32}{what}" for name, what in _OTHER_FOLDERS if (ROOT / name).is_dir()]
     return "```text\n" + "\n".join(lines) + "\n```\n"
 
 
@@ -153,7 +153,7 @@ def _line(path: Path, indent: int) -> str:
     sentence = re.split(r"(?<=\w)[.;](?:\s|$)", first)[0].rstrip(".")
     beginning = sentence if len(sentence) <= _WIDEST else re.split(r"[,:] (?!.*[,:] )", sentence[:_WIDEST])[0]
     name = " " * indent + path.name + ("/" if path.is_dir() else "")
-    return f"{name:<24}{beginning}"
+    return f"{name:<32}{beginning}"
 
 
 if __name__ == "__main__":

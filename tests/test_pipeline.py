@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import digits_recipe, table_recipe, train
 
-from causal_compress import analyze, compress
+from causal_compress import analyze, compress, stages
 from causal_compress.afterwards import rebuild_report
 from causal_compress.cli import main
 from causal_compress.errors import RunFolderError, TeacherError
