@@ -2,7 +2,8 @@
 
 `python benchmarks/parity.py --run RUN [--inputs 10000]` -> benchmarks/results/parity.json
 
-Teacher and student of a finished run, its test split (or as many inputs of it as asked), batches of 1, 7 and 256.
+Teacher and student of a finished run, its test split (or as many inputs of it as asked), batches of 1 (fewer inputs),
+7 and 256.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--single", type=int, default=2000, help="inputs at batch 1, which takes the longest")
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS / "parity.json")
@@ -83,7 +85,8 @@ def compare(given: argparse.Namespace, stem: str, split: Split) -> Iterator[dict
         here[name] = open_runtime(name, given.run / f"{stem}.{kind}", threads=given.threads)
     for batch in given.batch or (1, 7, 256):
         tallies = {name: Tally() for name in here}
-        for x, _ in split.batches(batch, limit=given.inputs):
+        limit = min(given.inputs, given.single) if batch == 1 else given.inputs
+        for x, _ in split.batches(batch, limit=limit):
             array = x.numpy()
             wanted = eager.run(array)
             for name, runtime in here.items():
