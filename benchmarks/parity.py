@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from causal_compress.deploy.absent import absence
 from causal_compress.deploy.runtimes import Runtime, RuntimeName, TorchRuntime, open_runtime
+from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Split, load_data
 from causal_compress.provenance import machine, versions
 from causal_compress.recipe_file import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino", "torch-compiled")
-STEMS = {"teacher": "teacher", "student": "model"}
+STEMS = {"student": "model", "teacher": "teacher"}
 
 
 @dataclass
@@ -58,11 +59,16 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     recipe = load_recipe(given.run / "recipe.resolved.yaml")
     split = load_data(recipe.data, seed=recipe.seed).test
-    rows = []
+    rows: list[dict[str, Any]] = []
     for role, stem in STEMS.items():
         for row in compare(given, stem, split):
             rows.append({"model": role, **row})
             print(rows[-1], flush=True)
+            write(given, rows)
+
+
+def write(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write what is known so far; a batch size takes minutes."""
     content = {
         "schema": 1,
         "machine": {**machine(), "versions": versions()},
@@ -70,7 +76,7 @@ def main() -> None:
         "rows": rows,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(given.out, json.dumps(content, indent=2) + "\n")
 
 
 def compare(given: argparse.Namespace, stem: str, split: Split) -> Iterator[dict[str, Any]]:
@@ -83,7 +89,7 @@ def compare(given: argparse.Namespace, stem: str, split: Split) -> Iterator[dict
             continue
         kind = "pt2" if name == "torch-compiled" else "onnx"
         here[name] = open_runtime(name, given.run / f"{stem}.{kind}", threads=given.threads)
-    for batch in given.batch or (1, 7, 256):
+    for batch in given.batch or (256, 7, 1):
         tallies = {name: Tally() for name in here}
         limit = min(given.inputs, given.single) if batch == 1 else given.inputs
         for x, _ in split.batches(batch, limit=limit):
