@@ -121,7 +121,9 @@ def test_missing_num_batches_tracked_is_no_fault(tmp_path: Path) -> None:
     arguments = {"num_features": 3}
     state = nn.BatchNorm1d(3).state_dict()
     del state["num_batches_tracked"]
-    build_model(ModelSection(arch="torch.nn:BatchNorm1d", args=arguments, weights=str(saved(tmp_path, state))))
+    state["running_mean"] += 2.0
+    built = build_model(ModelSection(arch="torch.nn:BatchNorm1d", args=arguments, weights=str(saved(tmp_path, state))))
+    assert torch.equal(built.state_dict()["running_mean"], torch.full((3,), 2.0))
 
 
 def test_hash_follows_the_bytes(tmp_path: Path) -> None:
