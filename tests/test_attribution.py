@@ -7,7 +7,6 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import nn
 
 from causal_compress.errors import NumericalError
@@ -224,7 +223,7 @@ def test_the_engine_answers_as_the_network_does_whatever_the_batch():
         torch.testing.assert_close(watched[1], plain[1].mean((2, 3)), atol=1e-4, rtol=1e-4)
         assert engine.spent.forwards == 27
     rough = open_engine(network, precision="bf16").answer(x)
-    assert spearmanr(rough.flatten(), truth.flatten()).statistic > 0.99
+    torch.testing.assert_close(rough.float(), truth, atol=0.02, rtol=0.02)  # eight bits a layer
 
 
 def test_responses_stand_where_their_masks_stand():
