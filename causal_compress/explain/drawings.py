@@ -14,6 +14,7 @@ from causal_compress.results import Effects, Epoch, Groups, Partition, Plan, Sco
 
 Ranges = tuple[tuple[int, int], ...]
 _FEATURES = 12
+_RUNTIME_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def settings(scorecard: Scorecard | None) -> tuple[tuple[str, tuple[ScoreRow, ...]], ...]:
@@ -26,7 +27,7 @@ def settings(scorecard: Scorecard | None) -> tuple[tuple[str, tuple[ScoreRow, ..
 
 def setting_name(runtime: str, batch: int, threads: int) -> str:
     """A runtime, batch size and thread count in words."""
-    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}.get(runtime, runtime)
+    name = _RUNTIME_NAMES.get(runtime, runtime)
     return f"{name}, batch {batch}, {threads} thread{'' if threads == 1 else 's'}"
 
 
@@ -56,6 +57,33 @@ def _latency_bar(row: ScoreRow) -> figures.Bar:
     label = f"{row.model.capitalize()}, {row.precision}"
     high = max(median, row.latency_ms_p95)
     return figures.Bar(label, median, median, high, formats.ms(median) + speed, student)
+
+
+def quickest(scorecard: Scorecard | None) -> tuple[tuple[ScoreRow, bool], ...]:
+    """Rows of the smallest batch and thread count, fastest first, and whether no other is both faster and as right."""
+    rows = scorecard.rows if scorecard else ()
+    least = min(((row.batch, row.threads) for row in rows), default=None)
+    here = sorted((r for r in rows if (r.batch, r.threads) == least), key=lambda r: (r.latency_ms_p50, -r.accuracy_pct))
+    best = [-math.inf, *(max(r.accuracy_pct for r in here[: i + 1]) for i in range(len(here)))]
+    return tuple((row, row.accuracy_pct > before) for row, before in zip(here, best, strict=False))
+
+
+def accuracy_and_time(scorecard: Scorecard) -> Markup:
+    """Test accuracy against time, a numbered point for each model on each runtime; the Pareto front is joined."""
+    rows = quickest(scorecard)
+    front = figures.Series("", tuple((row.latency_ms_p50, row.accuracy_pct) for row, best in rows if best))
+    points = [
+        figures.Series(str(number), ((row.latency_ms_p50, row.accuracy_pct),), line=False, strong=best)
+        for number, (row, best) in enumerate(rows, start=1)
+    ]
+    desc = "Test accuracy against median time per batch; the joined points are beaten by no other in both."
+    caption = Caption("fig-pareto", "Accuracy against time", desc)
+    return figures.plot(caption, (front, *points), ("Median time per batch [ms]", "Accuracy on the test data [%]"))
+
+
+def model_name(row: ScoreRow) -> str:
+    """A model, its precision and its runtime in words."""
+    return f"{row.model.capitalize()}, {row.precision}, {_RUNTIME_NAMES.get(row.runtime, row.runtime)}"
 
 
 def causal_map(effects: Effects, plan: Plan, ranges: Ranges) -> Markup:

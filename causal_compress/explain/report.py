@@ -209,6 +209,8 @@ def _view(context: ReportInput) -> dict[str, Any]:
         "title": named or "Compressed network",
         "headline": _headline(context),
         "settings": drawings.settings(context.scorecard),
+        "quickest": drawings.quickest(context.scorecard),
+        "model_name": drawings.model_name,
         "figures": _figures(context, ranges),
         "effects": {node.site: node for node in context.effects.nodes},
         "ranges": ranges,
@@ -341,6 +343,7 @@ def _figures(context: ReportInput, ranges: drawings.Ranges) -> dict[str, Markup 
     epochs = context.distilled.epochs if context.distilled else ()
     return {
         "latency": drawings.latency(scorecard) if scorecard and scorecard.rows else None,
+        "pareto": drawings.accuracy_and_time(scorecard) if scorecard and len(scorecard.rows) > 1 else None,
         "merged": drawings.before_and_after(effects, plan, ranges) if plan.decisions else None,
         "map": drawings.causal_map(effects, plan, ranges) if effects.chain.regions else None,
         "features": drawings.input_features(effects) if drawings.top_features(effects) else None,
