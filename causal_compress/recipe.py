@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -24,6 +24,15 @@ RuntimeName = Literal[
     "tensorrt",
     "tensorrt-rtx",
 ]
+
+
+def _multiple(named: Any) -> Any:
+    """A target's name -> the multiple of channels that its kernels are built for; anything else as it is."""
+    if named == "cpu":
+        import torch
+
+        return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    return {"tensor-cores": 8, "int8": 16}.get(named, named) if isinstance(named, str) else named
 
 
 class Section(BaseModel):
@@ -122,7 +131,11 @@ class PlanSection(Section):
         256, description="calibration inputs on which candidates are scored, plain and intervened"
     )
     widths: list[Share] = Field([0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], description="shares of channels tried")
-    align: Positive = Field(1, description="channel counts are multiples of this (16 suits CPU kernels)")
+    align: Annotated[int, BeforeValidator(_multiple), Field(gt=0)] = Field(
+        1,
+        description="channel counts are multiples of this; `cpu`, `int8` and `tensor-cores` stand for the numbers that "
+        "suit this CPU's vectors (16 with AVX-512), INT8 kernels (16) and tensor cores (8)",
+    )
     min_channels: Positive = Field(4, description="never fewer channels than this in a group")
     temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")
     include: list[str] = Field(["*"], description="patterns of module names that may change")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causal_compress.errors import RecipeError
-from causal_compress.recipe import DataSection, ModelSection, Recipe
+from causal_compress.recipe import DataSection, ModelSection, PlanSection, Recipe
 from causal_compress.recipe_file import load_recipe, recipe_sha256, recipe_yaml
 
 
@@ -220,3 +220,12 @@ def test_reading_a_recipe_loads_neither_torch_nor_pandas() -> None:
     code += "print({'torch', 'pandas'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_alignment_may_be_named_after_its_target(monkeypatch):
+    assert [PlanSection(align=name).align for name in ("int8", "tensor-cores", 5, "12")] == [16, 8, 5, 12]
+    for capability, width in (("AVX512", 16), ("AVX2", 8), ("DEFAULT", 4)):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda known=capability: known)
+        assert PlanSection(align="cpu").align == width
+    with pytest.raises(RecipeError, match=r"plan\.align must be"):
+        load_recipe(None, ["plan.align=gpu"])

@@ -28,6 +28,7 @@ _HEADER = (
     "size",
     "memory",
     "load",
+    "energy",
 )
 
 
@@ -91,4 +92,5 @@ def _cells(row: TargetRow) -> tuple[str, ...]:
         f"{row.size_bytes / 1e6:.2f} MB",
         "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:.0f} MB",
         f"{row.load_ms:.0f} ms",
+        "" if row.energy_mj is None else f"{row.energy_mj:.3g} mJ",
     )

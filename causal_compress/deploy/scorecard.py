@@ -186,7 +186,7 @@ def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
     fall = teacher.macs / student.macs if student.macs else 1.0
     if fall > 1.0 and high < _SHORTFALL * fall:
         yield (
-            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed (plan.align: 16 and "
+            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed (plan.align: cpu and "
             "more merged regions bring more of it)"
         )
 

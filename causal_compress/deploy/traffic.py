@@ -86,7 +86,7 @@ def why_no_speed(
         return told + (
             f"memory-bound: {moved:.2f} of the bytes are still moved for {other.macs / reference.macs:.2f} of the MACs"
         )
-    return told + "the kernels run less efficiently on its widths: plan.align 8 or 16 suits them better"
+    return told + "the kernels run less efficiently on its widths: plan.align: cpu (or tensor-cores) suits them better"
 
 
 def _fixed_share(latencies_ms: dict[int, tuple[float, float]]) -> tuple[float | None, int]:

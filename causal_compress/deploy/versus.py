@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from causal_compress.deploy.energy import NO_ENERGY, counters, energy_per_call
 from causal_compress.deploy.memory import peak_memory
 from causal_compress.deploy.runtimes import Runtime, for_any_batch, open_runtime, torch_threads
 from causal_compress.deploy.targets import Entry
@@ -172,11 +173,18 @@ def _rows(loaded: Sequence[_Loaded], threads: int, section: BenchmarkSection, fi
         ]
         for one in timed:
             reference = next(other for other in timed if other.loaded.entry.runtime == one.loaded.entry.runtime)
-            yield _row(one, reference, _device_ms(one.loaded.runtime, x))
+            joules = energy_per_call(partial(one.loaded.runtime.run, x), counters(gpu=_on_gpu(one.loaded.entry)))
+            row = _row(one, reference, _device_ms(one.loaded.runtime, x))
+            yield row if joules is None else replace(row, energy_mj=1e3 * joules / batch)
+
+
+def _on_gpu(entry: Entry) -> bool:
+    """Whether the entry's runtime computes on a GPU."""
+    return entry.runtime in _ON_GPU
 
 
 def _memory(entry: Entry, shape: tuple[int, ...], batches: Sequence[int], threads: int) -> dict[int, int]:
-    if entry.runtime in _ON_GPU:
+    if _on_gpu(entry):
         return {}
     return peak_memory(entry.runtime, entry.file.path, shape, tuple(batches), threads=threads) or {}
 
@@ -248,7 +256,8 @@ def _notes(rows: Sequence[TargetRow], loaded: Sequence[_Loaded]) -> tuple[str, .
                 f"{best.latency_ms_p50:.3g} ms"
             )
     notes += _slower_int8(rows)
-    return (*notes, *_reasons(rows, loaded))
+    unread = () if any(row.energy_mj is not None for row in rows) else (NO_ENERGY,)
+    return (*notes, *_reasons(rows, loaded), *unread)
 
 
 def _slower_int8(rows: Sequence[TargetRow]) -> Iterator[str]:

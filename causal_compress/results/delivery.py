@@ -202,7 +202,7 @@ class TargetRow:
     `ratio` is the reference's latency over this one's on the same runtime (10th percentiles), with a 95 % interval;
     `verdict` counts differences below 3 % as none. `accuracy` and `drop_pp` (reference minus this, paired) need labels;
     `agreement_pct` is the share of expected top classes that were met, where a package brings them.
-    `device_ms` is the GPU's own time, without copies.
+    `device_ms` is the GPU's own time, without copies; `energy_mj` millijoules per input, where the machine tells.
     """
 
     target: str
@@ -230,6 +230,7 @@ class TargetRow:
     drop_ci_pp: tuple[float, float] | None = None
     agreement_pct: float | None = None
     device_ms: float | None = None
+    energy_mj: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)

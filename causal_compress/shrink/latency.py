@@ -180,7 +180,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
             "no plan can meet the budget on latency",
             found=f"the fastest plan tried keeps {fastest:.3f} of the teacher's latency on {table.runtime}",
             wanted=f"budget.latency_ms.keep: {wanted:g} at batch {table.batch}, {table.threads} thread(s)",
-            remedy="raise budget.latency_ms.keep, plan.max_span or plan.max_epsilon, or set plan.align to 16",
+            remedy="raise budget.latency_ms.keep, plan.max_span or plan.max_epsilon, or set plan.align to cpu",
         )
     return met
 

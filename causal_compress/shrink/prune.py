@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
 from causal_compress.shrink.repair import (
     Fitted,
+    Rectified,
+    Site,
     accumulate,
     affine_layers,
     channel_axis,
@@ -25,13 +28,17 @@ from causal_compress.shrink.repair import (
     find_site,
     kept_channels,
     reader_equations,
+    rectified_target,
     tail_equations,
     too_large,
     write_solution,
 )
 from causal_compress.shrink.surgery import Student, copied
 from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail
+from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail, rectifier_ceiling
+
+Watch = Callable[[Tensor], Sequence[Tensor]]
+RECTIFIED_ROUNDS = 2
 
 
 def prune(
@@ -155,20 +162,60 @@ class _Work:
             if layer == last or too_large(fetch(part, layer)) is not None:
                 continue
             site, source = find_site(part, layer), find_site(original, layer)
-            kept, axis = self.kept.get(layer), channel_axis(fetch(part, layer))
-            watch, wanted = observer(part, [site.features]), observer(original, [source.output])
-            with torch.no_grad():
-                rows = (
-                    (watch(x)[0], y if kept is None else y.index_select(axis, kept))
-                    for x, y in ((x, wanted(z)[0]) for x, z in zip(self.front.student, entering, strict=True))
-                )
-                sums = accumulate(fetch(part, layer), rows, len(entering))
-            weight, bias = current_affine(part, layer, site.norm)
-            solution = sums.solve(self.section.penalties, weight)
-            now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
-            if solution.relative_error < now:
-                self._note_bias(part, layer, site.norm)
-                write_solution(part, layer, site.norm, (solution.weight, solution.bias), sums.both())
+            teacher = observer(original, [source.output])
+            equations = partial(self._drift_equations, part, site, teacher, entering)
+            self._settle(part, (site.layer, site.norm), rectifier_ceiling(part, site.output), equations)
+
+    def _drift_equations(
+        self, part: fx.GraphModule, site: Site, teacher: Watch, entering: list[Tensor], known: Rectified | None = None
+    ) -> Fitted:
+        """Normal equations that give a layer, on the student's inputs, the teacher's output on its own."""
+        layer = fetch(part, site.layer)
+        kept, axis = self.kept.get(site.layer), channel_axis(layer)
+        watch = observer(part, [site.features, site.output])
+
+        def rows() -> Iterator[tuple[Tensor, Tensor]]:
+            for x, z in zip(self.front.student, entering, strict=True):
+                features, now = watch(x)
+                wanted = teacher(z)[0] if kept is None else teacher(z)[0].index_select(axis, kept)
+                yield features, wanted if known is None else rectified_target(wanted, now, known.ceiling)
+
+        with torch.no_grad():
+            return accumulate(layer, rows(), len(entering), None if known is None else known.sums)
+
+    def _settle(
+        self,
+        part: fx.GraphModule,
+        where: tuple[str, str | None],
+        ceiling: float | None,
+        equations: Callable[[Rectified | None], Fitted],
+        *,
+        always: bool = False,
+    ) -> tuple[float, float | None]:
+        """Solve a layer anew, and before a rectifier again, for what it lets through; relative error and penalty."""
+        sums = equations(None)
+        error, penalty = self._improve(part, where, sums, always=always)
+        if ceiling is None:
+            return error, penalty
+        for _ in range(RECTIFIED_ROUNDS):
+            error, taken = self._improve(part, where, equations(Rectified(ceiling, sums)))
+            if taken is None:
+                break
+            penalty = taken
+        return error, penalty
+
+    def _improve(
+        self, part: fx.GraphModule, where: tuple[str, str | None], sums: Fitted, *, always: bool = False
+    ) -> tuple[float, float | None]:
+        """Solve a layer anew if that lowers its held-out error; returns the relative error and the penalty taken."""
+        weight, bias = current_affine(part, *where)
+        solution = sums.solve(self.section.penalties, weight)
+        now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
+        if solution.relative_error >= now and not always:
+            return now, None
+        self._note_bias(part, *where)
+        write_solution(part, *where, (solution.weight, solution.bias), sums.both())
+        return solution.relative_error, solution.penalty
 
     def _choose(self, readers: Sequence[tuple[Fitted, Tensor, Tensor]], count: int) -> Tensor:
         """Which channels stay: the surgeon's path from each reader's own best solution."""
@@ -203,15 +250,10 @@ class _Work:
         if reason is not None:
             self.skips.append(Skip(what=f"refit of {tail.affine}", reason=reason))
             return None, None
-        weight, bias = current_affine(part, tail.affine, tail.norm)
-        sums = tail_equations(part, tail, self.front.student, targets)
-        solution = sums.solve(self.section.penalties, weight)
-        now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
-        if solution.relative_error < now or (last and self.section.head_refit == "always"):
-            self._note_bias(part, tail.affine, tail.norm)
-            write_solution(part, tail.affine, tail.norm, (solution.weight, solution.bias), sums.both())
-            return solution.relative_error, solution.penalty
-        return now, None
+        equations = partial(tail_equations, part, tail, self.front.student, targets)
+        always = last and self.section.head_refit == "always"
+        where = (tail.affine, tail.norm)
+        return self._settle(part, where, rectifier_ceiling(part, tail.pre), equations, always=always)
 
     def reestimate_norms(self) -> None:
         """Batch norm statistics from the student's own activations, kept where the held-out KL falls."""

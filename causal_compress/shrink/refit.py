@@ -42,14 +42,25 @@ class NormalEquations:
 
     def add(self, z: Tensor, t: Tensor) -> None:
         """Add rows: z (rows, features), t (rows, targets); products are formed in float32 over bounded chunks."""
+        for zs in z.split(ROWS):
+            self.rows += len(zs)
+            self.sum_z += (torch.ones(1, len(zs)) @ zs)[0]
+            self.zz += zs.T @ zs
+        self.add_targets(z, t)
+
+    def add_targets(self, z: Tensor, t: Tensor) -> None:
+        """Add the targets alone of rows that `add` has seen: a fraction of its work."""
         for zs, ts in zip(z.split(ROWS), t.split(ROWS), strict=True):
             ones = torch.ones(1, len(zs))
-            self.rows += len(zs)
-            self.sum_z += (ones @ zs)[0]
             self.sum_t += (ones @ ts)[0]
-            self.zz += zs.T @ zs
             self.zt += zs.T @ ts
             self.tt += (ones @ ts.square())[0]
+
+    def without_targets(self) -> NormalEquations:
+        """The same rows with targets yet to be added."""
+        bare = NormalEquations(self.features, self.targets, self.rows)
+        bare.sum_z, bare.zz = self.sum_z, self.zz
+        return bare
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         total = NormalEquations(self.features, self.targets, self.rows + other.rows)

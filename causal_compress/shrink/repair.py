@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,11 +55,41 @@ def find_site(part: fx.GraphModule, layer: str) -> Site:
 
 
 @dataclass(frozen=True)
+class Rectified:
+    """What a refit before a rectifier knows from the plain one before it: the rectifier's ceiling, and the sums."""
+
+    ceiling: float
+    sums: Fitted
+
+
+def rectified_target(wanted: Tensor, now: Tensor, ceiling: float) -> Tensor:
+    """A target before a rectifier, whose squared error bounds the error behind it and equals it where the map is now.
+
+    Where the teacher is cut off, any value that is cut off as well is as good: what the student puts out now stays.
+
+    Args:
+        wanted: The teacher's values before the rectifier.
+        now: The student's.
+        ceiling: Where the rectifier ends: infinity for ReLU, 6 for ReLU6.
+
+    Source: a majorisation of the rectified error; the aim is that of Zhang et al. 2016, "Accelerating very deep
+        convolutional networks for classification and detection".
+    """
+    goal = torch.where(wanted > 0, wanted, now.clamp(max=0))
+    return goal if math.isinf(ceiling) else torch.where(wanted >= ceiling, now.clamp(min=ceiling), goal)
+
+
+@dataclass(frozen=True)
 class Fitted:
     """Sums over the fitting and the held-out chunks of one layer."""
 
     train: Sums
     heldout: Sums
+
+    def without_targets(self) -> dict[bool, Sums]:
+        """Sums by whether their chunk is held out, for `accumulate` to add other targets; none where rows are few."""
+        parts = {False: self.train, True: self.heldout} if self.heldout is not self.train else {False: self.train}
+        return {held: sums.without_targets() for held, sums in parts.items() if isinstance(sums, NormalEquations)}
 
     def both(self) -> Sums:
         """All rows."""
@@ -74,7 +105,13 @@ class Fitted:
 
 
 @torch.no_grad()
-def tail_equations(part: fx.GraphModule, tail: Tail, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Fitted:
+def tail_equations(
+    part: fx.GraphModule,
+    tail: Tail,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    known: Rectified | None = None,
+) -> Fitted:
     """Normal equations that make a part's output before its final activation equal to given targets.
 
     Args:
@@ -82,18 +119,19 @@ def tail_equations(part: fx.GraphModule, tail: Tail, inputs: Sequence[Tensor], t
         tail: Its tail.
         inputs: Chunks that enter the part.
         targets: For each chunk the wanted value at `tail.pre`.
+        known: A rectifier follows, so what is wanted depends on what the part puts out now.
     """
-    nodes = [tail.features] if tail.skip is None else [tail.features, tail.skip]
+    nodes = [tail.features, tail.pre] if tail.skip is None else [tail.features, tail.pre, tail.skip]
     watch = observer(part, nodes)
     layer = fetch(part, tail.affine)
 
     def rows() -> Iterable[tuple[Tensor, Tensor]]:
         for x, wanted in zip(inputs, targets, strict=True):
-            features, *skip = watch(x)
-            residual = wanted - skip[0] if skip else wanted
-            yield features, undo(part, tail, residual)
+            features, now, *skip = watch(x)
+            goal = wanted if known is None else rectified_target(wanted, now, known.ceiling)
+            yield features, undo(part, tail, goal - skip[0] if skip else goal)
 
-    return accumulate(layer, rows(), len(inputs))
+    return accumulate(layer, rows(), len(inputs), None if known is None else known.sums)
 
 
 @torch.no_grad()
@@ -104,15 +142,19 @@ def reader_equations(part: fx.GraphModule, site: Site, inputs: Sequence[Tensor])
 
 
 @torch.no_grad()
-def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: int) -> Fitted:
+def accumulate(
+    layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: int, known: Fitted | None = None
+) -> Fitted:
     """Sum the rows of all chunks; every fourth chunk is held out.
 
     Args:
         layer: The affine layer to be refitted.
         rows: Its inputs and its wanted outputs, chunk by chunk.
         chunks: How many there are.
+        known: What the same inputs gave with other targets; saves most of the work.
     """
-    sums: dict[bool, Sums] = {}
+    sums: dict[bool, Sums] = {} if known is None else known.without_targets()
+    add = NormalEquations.add if not sums else NormalEquations.add_targets
     most = max(1, rows_wanted(layer) // chunks)
     few: bool | None = None
     for index, (features, outputs) in enumerate(rows):
@@ -124,7 +166,7 @@ def accumulate(layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: 
             continue
         added = sums.setdefault(held, NormalEquations(z.shape[1], t.shape[1]))
         assert isinstance(added, NormalEquations)
-        added.add(z, t)
+        add(added, z, t)
     train = sums.get(False, sums.get(True))
     assert train is not None
     return Fitted(train, sums.get(True, train))

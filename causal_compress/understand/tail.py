@@ -6,6 +6,7 @@ undone or folded. So a target for the output before `post` is a target for the a
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,25 @@ def _is_activation(piece: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(get_module(piece, node), _ACTIVATIONS)
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and name in _ACTIVATION_NAMES
+
+
+def rectifier_ceiling(piece: fx.GraphModule, node: fx.Node) -> float | None:
+    """Where the rectifier that alone reads a node ends (infinity for ReLU, 6 for ReLU6), or None without one.
+
+    Args:
+        piece: A region's module.
+        node: A value in it.
+    """
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is None:
+        return None
+    module = get_module(piece, reader)
+    name = reader.target if reader.op == "call_method" else getattr(reader.target, "__name__", "")
+    if isinstance(module, nn.ReLU6) or (reader.op == "call_function" and name == "relu6"):
+        return 6.0
+    if isinstance(module, nn.ReLU) or (reader.op in ("call_function", "call_method") and name == "relu"):
+        return math.inf
+    return None
 
 
 def _is_passing(piece: fx.GraphModule, node: fx.Node) -> bool:
