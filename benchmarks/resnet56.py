@@ -24,18 +24,21 @@ from causal_compress.shipped import find_recipe
 
 HERE = Path(__file__).parent
 QUICK = ["benchmark.runtimes=[onnxruntime]", "benchmark.batches=[1]"]
+FULL_RANK = ["plan.low_rank=false"]  # depth and width alone; `all` splits layers as well
 NO_TRAINING = ["distill=null", "budget.max_accuracy_drop=null"]
 
 VARIANTS: dict[str, list[str]] = {
-    "both-055": [*NO_TRAINING, "budget.macs=0.55"],
-    "both-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33"],
-    "width-055": [*NO_TRAINING, *QUICK, "budget.macs=0.55", "plan.depth=false"],
-    "depth-055": [*NO_TRAINING, *QUICK, "budget.macs=0.55", "plan.width=false"],
-    "width-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.depth=false"],
-    "depth-033": [*NO_TRAINING, *QUICK, "budget.macs=0.33", "plan.width=false"],
+    "both-055": [*NO_TRAINING, *FULL_RANK, "budget.macs=0.55"],
+    "both-033": [*NO_TRAINING, *FULL_RANK, *QUICK, "budget.macs=0.33"],
+    "width-055": [*NO_TRAINING, *FULL_RANK, *QUICK, "budget.macs=0.55", "plan.depth=false"],
+    "depth-055": [*NO_TRAINING, *FULL_RANK, *QUICK, "budget.macs=0.55", "plan.width=false"],
+    "width-033": [*NO_TRAINING, *FULL_RANK, *QUICK, "budget.macs=0.33", "plan.depth=false"],
+    "depth-033": [*NO_TRAINING, *FULL_RANK, *QUICK, "budget.macs=0.33", "plan.width=false"],
+    "all-047": [*NO_TRAINING, *QUICK, "budget.macs=0.471"],
+    "all-033": [*NO_TRAINING, *QUICK, "budget.macs=0.333"],
     "latency-049": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.49", "plan.align=16"],
     "latency-052": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.52", "plan.align=16"],
-    "distilled-050": ["budget.macs=0.5", "distill.epochs=20"],
+    "distilled-050": [*FULL_RANK, "budget.macs=0.5", "distill.epochs=20"],
 }
 
 

@@ -122,6 +122,7 @@ class PlanSection(Section):
 
     depth: bool = Field(True, description="merge neighbouring regions")
     width: bool = Field(True, description="remove channels")
+    low_rank: bool = Field(True, description="split layers into two thinner ones")
     max_span: Positive = Field(3, description="regions that one representative may stand for")
     max_epsilon: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="only spans with CKA >= 1 - this are tried"
@@ -131,6 +132,9 @@ class PlanSection(Section):
         256, description="calibration inputs on which candidates are scored, plain and intervened"
     )
     widths: list[Share] = Field([0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], description="shares of channels tried")
+    rank_errors: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.02, 0.05, 0.1, 0.15, 0.2, 0.3], description="shares of a layer's output variance that a low rank may lose"
+    )
     align: Annotated[int, BeforeValidator(_multiple), Field(gt=0)] = Field(
         1,
         description="channel counts are multiples of this; `cpu`, `int8` and `tensor-cores` stand for the numbers that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -25,7 +26,8 @@ class Candidate:
     `harm_kl` is the measured rise of the output KL (nats, at the plan's temperature) when the teacher's cut point is
     replaced by the candidate's output. `inputs_kept` is the share of channels of the cut point before `first` that it
     reads; a part that writes the share s of its outputs costs `macs_fixed + s * macs_out` MACs, parameters alike.
-    `widths` names each channel group inside that shrinks: producer -> channels kept.
+    `widths` names each channel group inside that shrinks: producer -> channels kept; `ranks` each layer that becomes
+    two thinner ones: layer -> rank.
     """
 
     first: int
@@ -41,6 +43,7 @@ class Candidate:
     harm_kl: float
     harm_stderr: float
     relative_error: float
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
@@ -82,12 +85,15 @@ class LatencyTable:
     seconds: float
 
 
+DecisionKind = Literal["keep", "merge", "narrow", "merge+narrow", "low rank", "narrow+low rank"]
+
+
 @dataclass(frozen=True, kw_only=True, config=config)
 class Decision:
     """One decision of the plan: a candidate that is carried out, its evidence, and what was refused for it."""
 
     node: str
-    kind: Literal["keep", "merge", "narrow", "merge+narrow"]
+    kind: DecisionKind
     candidate: Candidate
     outputs_kept: float
     evidence: Evidence
@@ -141,12 +147,21 @@ class Keep:
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
+class Factor:
+    """Surgery step: a convolution or linear layer becomes two, with `rank` channels between them."""
+
+    layer: str
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
 class Surgery:
     """Replayable recipe from the teacher's architecture to the student's; weights are kept apart."""
 
     merges: tuple[Merge, ...] = ()
     keeps: tuple[Keep, ...] = ()
     biased: tuple[str, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=config)

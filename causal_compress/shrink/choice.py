@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
@@ -35,6 +36,28 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 PATH_PENALTY = 1e-3
 
 Known = tuple[Fitted, tuple[Tensor, Tensor]]
+Shares = dict[str, tuple[float, float]]
+
+
+@dataclass
+class Shape:
+    """A part at some widths, while it is being made.
+
+    Attributes:
+        part: A copy with refitted layers; columns of channels that go are zero.
+        widths: Producer -> channels that stay.
+        inputs_kept: Share of the channels of the cut point before the part.
+        shares: Layer -> shares of its inputs and outputs that stay.
+        kept: Layer -> which of its outputs stay, where not all do.
+        error: The worst relative error of a refit.
+    """
+
+    part: fx.GraphModule
+    widths: dict[str, int]
+    inputs_kept: float
+    shares: Shares
+    kept: dict[str, Tensor]
+    error: float
 
 
 class Choice:
@@ -90,7 +113,8 @@ class Choice:
         sums, (weight, bias) = self._fit_tail()
         return sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
 
-    def _reader(self, layer: str) -> Known:
+    def reader(self, layer: str) -> Known:
+        """A layer's normal equations on the teacher's activations, and its solution at full width."""
         if self.tail is not None and layer == self.tail.affine:
             return self._fit_tail()
         if layer not in self.fitted:
@@ -101,36 +125,78 @@ class Choice:
 
     def measured(self, widths: dict[str, int], inputs_kept: float) -> Candidate:
         """Refit at given widths, put the part into the teacher's place, and read the output's KL."""
-        part = copy.deepcopy(self.part)
-        error = self.error
+        shape = self.shaped(widths, inputs_kept)
+        return self.scored(shape.part, self.candidate(shape))
+
+    def scored(self, part: fx.GraphModule, candidate: Candidate) -> Candidate:
+        """A candidate with the harm that its part does."""
+        harm, stderr = self.sweep.harm(part, self.last)
+        return replace(candidate, harm_kl=harm, harm_stderr=stderr)
+
+    def shaped(self, widths: dict[str, int], inputs_kept: float) -> Shape:
+        """The part at given widths, its layers refitted.
+
+        Args:
+            widths: Producer -> channels that stay.
+            inputs_kept: Share of the channels of the cut point before the part.
+        """
+        shape = Shape(copy.deepcopy(self.part), widths, inputs_kept, _fractions(self.groups, widths), {}, self.error)
         if self.first != self.last:
-            self._write(part, self.tail.affine, None)  # type: ignore[union-attr]
+            self._write(shape.part, self.tail.affine, None)  # type: ignore[union-attr]
         for group in self.groups:
             if group.producer in widths:
                 readers = [(reader.layer, self._columns(reader.layer, group)) for reader in group.readers]
-                error = max(error, self._narrow(part, readers, widths[group.producer]))
+                kept = self._narrow(shape, readers, widths[group.producer])
+                shape.kept.update(dict.fromkeys(group.writers, kept))
         if inputs_kept < 1.0:
             assert self.cut is not None
             assert self.tail is not None
             channels = self.cut.channels
-            columns = feature_columns(fetch(part, self.tail.affine), None, channels, len(self._fit_tail()[1][0]))
-            error = max(error, self._narrow(part, [(self.tail.affine, columns)], round(inputs_kept * channels)))
-        harm, stderr = self.sweep.harm(part, self.last)
-        shares = _fractions(self.groups, widths)
-        if inputs_kept < 1.0 and self.tail is not None:
-            shares[self.tail.affine] = (inputs_kept, shares.get(self.tail.affine, (1.0, 1.0))[1])
+            columns = feature_columns(fetch(self.part, self.tail.affine), None, channels, len(self._fit_tail()[1][0]))
+            self._narrow(shape, [(self.tail.affine, columns)], round(inputs_kept * channels))
+            shape.shares[self.tail.affine] = (inputs_kept, shape.shares.get(self.tail.affine, (1.0, 1.0))[1])
+        return shape
+
+    def candidate(self, shape: Shape, ranks: dict[str, int] | None = None, lost: float = 0.0) -> Candidate:
+        """What a shape costs; its harm is yet to be measured.
+
+        Args:
+            shape: Of this choice.
+            ranks: Layer -> rank, where it becomes two.
+            lost: Share of the variance that ranks lose.
+        """
         return Candidate(
             first=self.first,
             last=self.last,
             representative=self.representative,
             adapter=self.adapter,
-            inputs_kept=inputs_kept,
-            widths=widths,
-            **part_costs(self.costs, shares, self._writers()),
-            harm_kl=harm,
-            harm_stderr=stderr,
-            relative_error=error,
+            inputs_kept=shape.inputs_kept,
+            widths=shape.widths,
+            **part_costs(self.costs, shape.shares, self._writers(), ranks),
+            harm_kl=0.0,
+            harm_stderr=0.0,
+            relative_error=1 - (1 - min(shape.error, 1.0)) * (1 - lost) if ranks else shape.error,
+            ranks=ranks or {},
         )
+
+    def refit_tail(self, part: fx.GraphModule) -> Fitted:
+        """Refit a part's last affine layer to what the part feeds it now, on the channels that it reads (in place).
+
+        Args:
+            part: Of this choice.
+
+        Returns:
+            Sums over its inputs.
+        """
+        tail, targets = find_tail(part), self.sweep.targets(self.last)
+        assert not isinstance(tail, str)
+        assert targets
+        sums = tail_equations(part, tail, self.sweep.fit, targets)
+        weight, _ = current_affine(part, tail.affine, tail.norm)
+        read = weight.abs().sum(1).nonzero().flatten()
+        solution = sums.select(read).solve(PENALTIES, weight[read])
+        write_solution(part, tail.affine, tail.norm, masked(solution, read, len(weight)), sums.both())
+        return sums
 
     def _writers(self) -> set[str]:
         if self.tail is None or self.last not in self.sweep.widths.cuts:
@@ -139,19 +205,18 @@ class Choice:
 
     def _columns(self, layer: str, group: ChannelGroup) -> Tensor:
         reader = next(reader for reader in group.readers if reader.layer == layer)
-        return feature_columns(fetch(self.part, layer), reader, group.channels, len(self._reader(layer)[1][0]))
+        return feature_columns(fetch(self.part, layer), reader, group.channels, len(self.reader(layer)[1][0]))
 
-    def _narrow(self, part: fx.GraphModule, readers: Sequence[tuple[str, Tensor]], count: int) -> float:
-        """Zero the columns that the surgeon gives up, refit the others; returns the worst relative error."""
-        known = [(self._reader(layer), layer, columns) for layer, columns in readers]
+    def _narrow(self, shape: Shape, readers: Sequence[tuple[str, Tensor]], count: int) -> Tensor:
+        """Zero the columns that the surgeon gives up, refit the others; returns the channels that stay."""
+        known = [(self.reader(layer), layer, columns) for layer, columns in readers]
         kept = self._kept(known, len(readers[0][1]))[count]
-        worst = 0.0
         for (sums, solution), layer, columns in known:
             stays = columns[kept].flatten().sort().values
             refitted = sums.select(stays).solve(PENALTIES, solution[0][stays])
-            self._write(part, layer, masked(refitted, stays, len(solution[0])))
-            worst = max(worst, refitted.relative_error)
-        return worst
+            self._write(shape.part, layer, masked(refitted, stays, len(solution[0])))
+            shape.error = max(shape.error, refitted.relative_error)
+        return kept
 
     def _kept(self, known: Sequence[tuple[Known, str, Tensor]], channels: int) -> dict[int, Tensor]:
         """Which channels stay at every width of the recipe; one greedy path serves all."""
@@ -163,10 +228,14 @@ class Choice:
         return self.paths[key]
 
     def _write(self, part: fx.GraphModule, layer: str, solution: tuple[Tensor, Tensor] | None) -> None:
-        sums, fitted = self._reader(layer)
-        is_tail = self.tail is not None and layer == self.tail.affine
-        norm = self.tail.norm if is_tail and self.tail is not None else find_site(part, layer).norm
-        write_solution(part, layer, norm, fitted if solution is None else solution, sums.both())
+        sums, fitted = self.reader(layer)
+        write_solution(part, layer, self.norm(part, layer), fitted if solution is None else solution, sums.both())
+
+    def norm(self, part: fx.GraphModule, layer: str) -> str | None:
+        """The batch norm right behind a layer."""
+        if self.tail is not None and layer == self.tail.affine:
+            return self.tail.norm
+        return find_site(part, layer).norm
 
 
 def project(part: fx.GraphModule, name: str, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
@@ -178,9 +247,9 @@ def project(part: fx.GraphModule, name: str, inputs: Sequence[Tensor], wanted: S
     write_solution(part, name, None, (solution.weight, solution.bias), sums.both())
 
 
-def _fractions(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> dict[str, tuple[float, float]]:
+def _fractions(groups: Sequence[ChannelGroup], widths: dict[str, int]) -> Shares:
     """For each layer the shares of inputs and outputs that stay."""
-    shares: dict[str, tuple[float, float]] = {}
+    shares: Shares = {}
     for group in groups:
         share = widths.get(group.producer, group.channels) / group.channels
         for layer in (*group.writers, *group.passing):

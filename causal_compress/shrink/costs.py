@@ -17,12 +17,14 @@ class LayerCost:
     """MACs and parameters of one layer for one input.
 
     `scales` says which widths MACs and weights are proportional to; `bias` is proportional to the outputs alone.
+    `outputs` counts the output channels of what can have a low rank, and is 0 for anything else.
     """
 
     macs: float
     params: float
     bias: float
     scales: Literal["both", "out", "none"]
+    outputs: int = 0
 
 
 def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
@@ -54,9 +56,13 @@ def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
             case nn.Conv2d():
                 taps = layer.kernel_size[0] * layer.kernel_size[1]
                 macs = float(outputs[path].numel() * layer.in_channels // layer.groups * taps)
-                costs[path] = LayerCost(macs, params - bias, bias, "both" if layer.groups == 1 else "out")
+                whole = layer.groups == 1
+                costs[path] = LayerCost(
+                    macs, params - bias, bias, "both" if whole else "out", layer.out_channels if whole else 0
+                )
             case nn.Linear():
-                costs[path] = LayerCost(float(outputs[path].numel() * layer.in_features), params - bias, bias, "both")
+                macs = float(outputs[path].numel() * layer.in_features)
+                costs[path] = LayerCost(macs, params - bias, bias, "both", layer.out_features)
             case nn.modules.batchnorm._NormBase() | nn.LayerNorm() | nn.GroupNorm() | nn.PReLU():
                 costs[path] = LayerCost(0.0, params, 0.0, "out")
     total = float(count_macs(part, x)), float(sum(parameter.numel() for parameter in part.parameters()))
@@ -66,7 +72,10 @@ def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
 
 
 def part_costs(
-    costs: Mapping[str, LayerCost], shares: Mapping[str, tuple[float, float]], writers: Collection[str]
+    costs: Mapping[str, LayerCost],
+    shares: Mapping[str, tuple[float, float]],
+    writers: Collection[str],
+    ranks: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Cost of a part whose layers keep some shares of inputs and outputs, split by what its own output width scales.
 
@@ -74,6 +83,7 @@ def part_costs(
         costs: From `layer_costs`.
         shares: Layer -> (share of inputs, share of outputs) that stay.
         writers: The layers whose outputs shrink with the part's own output, where that can be narrowed.
+        ranks: Layer -> rank, where it becomes two.
 
     Returns:
         The fields macs_fixed, macs_out, params_fixed and params_out of a Candidate.
@@ -81,8 +91,16 @@ def part_costs(
     result = {"macs_fixed": 0.0, "macs_out": 0.0, "params_fixed": 0.0, "params_out": 0.0}
     for path, cost in costs.items():
         inputs, outputs = shares.get(path, (1.0, 1.0))
-        factor = {"both": inputs * outputs, "out": outputs, "none": 1.0}[cost.scales]
         kind = "out" if path in writers else "fixed"
+        if ranks and path in ranks:
+            first = inputs * ranks[path] / cost.outputs
+            second = ranks[path] * outputs * cost.outputs / cost.params  # the layer's weights: fan-in times outputs
+            for what, amount in (("macs", cost.macs), ("params", cost.params)):
+                result[f"{what}_fixed"] += amount * first
+                result[f"{what}_{kind}"] += amount * second
+            result[f"params_{kind}"] += cost.bias * outputs
+            continue
+        factor = {"both": inputs * outputs, "out": outputs, "none": 1.0}[cost.scales]
         result[f"macs_{kind}"] += cost.macs * factor
         result[f"params_{kind}"] += cost.params * factor + cost.bias * outputs
     return result

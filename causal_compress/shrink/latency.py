@@ -19,10 +19,12 @@ from torch import Tensor, fx, nn
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, LatencySection, PlanSection
-from causal_compress.results import Candidate, Candidates, Effects, Groups, Keep, LatencyTable, Merge, Plan
+from causal_compress.results import Candidate, Candidates, Effects, Factor, Groups, Keep, LatencyTable, Merge, Plan
+from causal_compress.shrink.lowrank import split
 from causal_compress.shrink.parts import build_part
 from causal_compress.shrink.plan import make_plan
 from causal_compress.shrink.surgery import assemble, merges_of, narrow
+from causal_compress.shrink.undo import is_whole
 from causal_compress.understand.graph import get_module
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import Network
@@ -59,7 +61,7 @@ def measure_latency(network: Network, candidates: Candidates, section: LatencySe
         if span not in built:
             built[span] = _part(network, row)
         part, structure = built[span]
-        key = f"{structure} {sorted(row.widths.values())}"
+        key = f"{structure} {sorted(row.widths.values())} {list(row.ranks.values())}"
         if key not in shapes:
             shapes[key] = len(parts)
             parts.append((_narrowed(part, row, network), _entering(network, row.first)))
@@ -67,7 +69,7 @@ def measure_latency(network: Network, candidates: Candidates, section: LatencySe
     stacked = [_stacked(part, x) for part, x in parts]
     times = [ms / copies for ms, (_, _, copies) in zip(timer([(m, x) for m, x, _ in stacked]), stacked, strict=True)]
     ms = tuple(times[place] * row.inputs_kept for place, row in zip(places, candidates.rows, strict=True))
-    whole = {row.first: time for row, time in zip(candidates.rows, ms, strict=True) if _is_whole(row)}
+    whole = {row.first: time for row, time in zip(candidates.rows, ms, strict=True) if is_whole(row)}
     return LatencyTable(
         runtime=section.runtime,
         batch=section.batch,
@@ -108,6 +110,8 @@ def _narrowed(part: fx.GraphModule, row: Candidate, network: Network) -> fx.Grap
     result = copy.deepcopy(part)
     keeps = [Keep(producer=producer, channels=tuple(range(count))) for producer, count in row.widths.items()]
     narrow(result, _entering(network, row.first), keeps)
+    for factor in factors_of(row):
+        split([result], factor)
     return result.eval()
 
 
@@ -121,10 +125,6 @@ def _stacked(part: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, int]:
         fits = part(x).shape == x.shape
     copies = _COPIES if fits else 1
     return nn.Sequential(*(copy.deepcopy(part) for _ in range(copies))).eval(), x, copies
-
-
-def _is_whole(row: Candidate) -> bool:
-    return row.first == row.last and not row.widths and row.inputs_kept == 1.0
 
 
 def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is timed)
@@ -209,7 +209,14 @@ def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
             channels = len(_weight(student.graph, before.affine))
             keeps[before.affine] = round(decision.candidate.inputs_kept * channels)
     narrow(student.graph, network.example_input, _as_keeps(keeps))
+    for factor in (factor for decision in plan.decisions for factor in factors_of(decision.candidate)):
+        split([student.graph], factor)
     return student.graph
+
+
+def factors_of(row: Candidate) -> list[Factor]:
+    """A candidate's ranks as surgery steps."""
+    return [Factor(layer=layer, rank=rank) for layer, rank in row.ranks.items()]
 
 
 def _weight(graph: fx.GraphModule, path: str) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,18 @@ from torch import Tensor, fx
 from causal_compress.progress import progress
 from causal_compress.recipe import PlanSection
 from causal_compress.results import Candidate, Candidates, CutGroup, Effects, Skip
+from causal_compress.shrink.channels import ChannelGroup
 from causal_compress.shrink.choice import Choice
 from causal_compress.shrink.costs import layer_costs, part_costs
 from causal_compress.shrink.parts import fitting_adapter
 from causal_compress.shrink.probe import Probe
+from causal_compress.shrink.ranks import spectra, thinned, with_ranks
 from causal_compress.shrink.repair import tail_too_large
 from causal_compress.shrink.targets import before_and_after
 from causal_compress.shrink.widths import Widths, find_widths, is_allowed, level_counts
 from causal_compress.understand.trace import Network
+
+_MOST_RANKS = 12
 
 
 def measure(
@@ -79,6 +83,16 @@ def _spans(network: Network, effects: Effects, section: PlanSection, first: int)
             yield last
 
 
+def _by_producer(groups: Sequence[ChannelGroup], counts: Sequence[int]) -> dict[str, int]:
+    return {group.producer: count for group, count in zip(groups, counts, strict=True)}
+
+
+def _is_better(one: Candidate, other: Candidate) -> bool:
+    """Whether a candidate is as cheap as another and loses less, or as good and cheaper."""
+    costs = [(row.macs_fixed + row.macs_out, row.relative_error) for row in (one, other)]
+    return costs[0] != costs[1] and costs[0][0] <= costs[1][0] and costs[0][1] <= costs[1][1]
+
+
 class Sweep:
     """Walks along the chain, holding the teacher's activations before the current region."""
 
@@ -111,7 +125,9 @@ class Sweep:
         """All candidates of one span."""
         if first == last:
             part = copy.deepcopy(self.network.regions[first].module)
-            return self._kept_whole(first) + self._widths(Choice(self, first, last, first, None, part))
+            choice = Choice(self, first, last, first, None, part)
+            narrowed = self._widths(choice)
+            return self._kept_whole(first) + narrowed + self._ranks(choice, narrowed)
         choices, reasons = [], []
         for representative in range(first, last + 1):
             found = fitting_adapter(self.network, first, last, representative)
@@ -144,6 +160,7 @@ class Sweep:
                 harm_kl=0.0,
                 harm_stderr=0.0,
                 relative_error=0.0,
+                ranks={},
             )
         ]
 
@@ -156,12 +173,36 @@ class Sweep:
         found: list[Candidate] = []
         inner = self.widths.inner.get(choice.representative, [])
         for counts in level_counts([group.channels for group in inner], self.section):
-            found.append(choice.measured({g.producer: c for g, c in zip(inner, counts, strict=True)}, 1.0))
+            found.append(choice.measured(_by_producer(inner, counts), 1.0))
         cut = self.widths.cuts.get(choice.first - 1)
         if cut is not None and choice.adapter != "project" and choice.tail is not None:
             for (count,) in level_counts([cut.channels], self.section):
                 found.append(choice.measured({}, count / cut.channels))
         return found
+
+    def _ranks(self, choice: Choice, narrowed: Sequence[Candidate]) -> list[Candidate]:
+        """Low ranks at full and at smaller widths: those measured for which no cheaper form loses less variance."""
+        if not is_allowed(self._name(choice.first), self.section):
+            return []
+        inner = self.widths.inner.get(choice.representative, [])
+        levels = [{}, *(_by_producer(inner, c) for c in level_counts([g.channels for g in inner], self.section))]
+        found: list[tuple[int, Candidate]] = []
+        for level, widths in enumerate(levels):
+            shape = choice.shaped(widths, 1.0)
+            known = spectra(choice, shape)
+            thin = (thinned(choice, shape, known, share) for share in self.section.rank_errors)
+            found += [(level, candidate) for candidate in thin if candidate is not None]
+        rivals = [*narrowed, *(candidate for _, candidate in found)]
+        best = [pair for pair in found if not any(_is_better(rival, pair[1]) for rival in rivals)]
+        best.sort(key=lambda pair: pair[1].macs_fixed + pair[1].macs_out)
+        best = best[:: max(1, -(-len(best) // _MOST_RANKS))]
+        scored = []
+        for level, widths in enumerate(levels):
+            if wanted := [candidate for where, candidate in best if where == level]:
+                shape = choice.shaped(widths, 1.0)
+                known = spectra(choice, shape)
+                scored += [choice.scored(with_ranks(choice, shape, known, c.ranks), c) for c in wanted]
+        return scored
 
     def harm(self, part: fx.GraphModule, last: int) -> tuple[float, float]:
         """Mean and standard error of the output KL when the part's output replaces the teacher's cut point."""

@@ -21,6 +21,7 @@ from causal_compress.results import (
     Candidate,
     Candidates,
     Decision,
+    DecisionKind,
     Effects,
     Evidence,
     FrontPoint,
@@ -161,14 +162,15 @@ def _mixtures(kinds: Sequence[Kind]) -> list[Costs]:
 def allowed(
     candidates: Candidates, prices: Prices, section: PlanSection, whole: frozenset[int] = frozenset()
 ) -> tuple[Candidates, Prices]:
-    """The candidates that the recipe lets a plan use: merges only with `depth`, narrowings only with `width`, and
-    nothing that changes a region of `whole`.
+    """The candidates that the recipe lets a plan use: merges only with `depth`, narrowings only with `width`, ranks
+    only with `low_rank`, and nothing that changes a region of `whole`.
     """
     chosen = [
         position
         for position, row in enumerate(candidates.rows)
         if (section.depth or row.first == row.last)
         and (section.width or (not row.widths and row.inputs_kept == 1.0))
+        and (section.low_rank or not row.ranks)
         and leaves_whole(row, whole)
     ]
     rows = tuple(candidates.rows[position] for position in chosen)
@@ -301,7 +303,7 @@ def _decisions(
         decisions.append(
             Decision(
                 node=span[0].name if not merged else f"{span[0].name}..{span[-1].name}",
-                kind=_kind(merged, narrow),
+                kind=_kind(merged, narrow, bool(candidate.ranks)),
                 candidate=candidate,
                 outputs_kept=out,
                 evidence=_evidence(candidate, effects, groups),
@@ -316,14 +318,18 @@ def _decisions(
     return tuple(decisions)
 
 
-def _kind(merged: bool, narrow: bool) -> Literal["keep", "merge", "narrow", "merge+narrow"]:
-    match merged, narrow:
-        case True, True:
+def _kind(merged: bool, narrow: bool, thin: bool) -> DecisionKind:
+    match merged, narrow, thin:
+        case True, True, _:
             return "merge+narrow"
-        case True, False:
+        case True, False, _:
             return "merge"
-        case False, True:
+        case False, True, True:
+            return "narrow+low rank"
+        case False, True, False:
             return "narrow"
+        case False, False, True:
+            return "low rank"
         case _:
             return "keep"
 
@@ -351,7 +357,8 @@ def _label(candidate: Candidate, regions: Sequence[object]) -> str:
     what = f"{names[2]} for {names[0]}..{names[1]}" if candidate.first != candidate.last else names[0]
     widths = ", ".join(f"{count} channels of {producer}" for producer, count in candidate.widths.items())
     inputs = f"{candidate.inputs_kept:.0%} of its input channels" if candidate.inputs_kept < 1 else ""
-    return " with ".join(part for part in (what, widths or inputs) if part)
+    ranks = ", ".join(f"rank {rank} of {layer}" for layer, rank in candidate.ranks.items())
+    return " with ".join(part for part in (what, widths or inputs, ranks) if part)
 
 
 def _comparison(other: Candidate, chosen: Candidate) -> str:

@@ -1,8 +1,8 @@
-"""Carries out the plan's widths: channels removed front to back, every reader refitted on what the student feeds it."""
+"""Carries out the plan's widths and ranks front to back, every reader refitted on what the student feeds it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 
 from causal_compress.progress import progress
 from causal_compress.recipe import PruneSection
-from causal_compress.results import Change, Decision, Keep, Plan, Skip, Surgery
+from causal_compress.results import Candidate, Change, Decision, Factor, Keep, Plan, Skip, Surgery
 from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_groups, remove_channels
 from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
+from causal_compress.shrink.lowrank import components, split, write_factors
 from causal_compress.shrink.repair import (
     Fitted,
     Rectified,
@@ -63,6 +64,7 @@ def prune(
         merges=student.surgery.merges,
         keeps=tuple(work.keeps),
         biased=tuple(dict.fromkeys([*student.surgery.biased, *work.biased])),
+        factors=tuple(work.factors),
     )
     return replace(work.student, surgery=surgery), tuple(work.changes), tuple(work.skips)
 
@@ -78,6 +80,7 @@ class _Work:
         self.groups, _ = find_groups(student.graph, example)
         self.dependencies: Any = dependencies_of(student.graph, example)
         self.keeps: list[Keep] = []
+        self.factors: list[Factor] = []
         self.kept: dict[str, Tensor] = {}
         self.biased: list[str] = []
         self.changes: list[Change] = []
@@ -97,10 +100,14 @@ class _Work:
             group = next(group for group in self.groups if group.producer == producer)
             narrowed.append(self._narrow_group(part, group, count, tail, targets))
         if candidate.representative == candidate.first and candidate.adapter is None:
-            self._absorb_drift(part, candidate.first, tail, entering)
-        error, penalty = self._refit_tail(
-            part, tail, targets, last=candidate.last == len(self.front.network.regions) - 1
-        )
+            self._absorb_drift(part, candidate, tail, entering)
+        last = candidate.last == len(self.front.network.regions) - 1
+        error, penalty = self._refit_tail(part, tail, targets, last=last)
+        if isinstance(tail, Tail) and tail.affine in candidate.ranks:
+            sums = tail_equations(part, tail, self.front.student, targets)
+            self._factorize(part, (tail.affine, tail.norm), sums, candidate.ranks)
+            error, penalty = self._refit_tail(part, find_tail(part), targets, last=last)
+        narrowed += [f"{layer} in two layers of rank {rank}" for layer, rank in candidate.ranks.items()]
         rise = self.front.advance(part)
         if narrowed:
             self.changes.append(
@@ -154,17 +161,46 @@ class _Work:
                 self._write(part, reader.layer, sums.select(stays), weight[stays])
         return f"{count} of {group.channels} channels of {group.producer} kept"
 
-    def _absorb_drift(self, part: fx.GraphModule, region: int, tail: Tail | str, entering: list[Tensor]) -> None:
+    def _absorb_drift(
+        self, part: fx.GraphModule, candidate: Candidate, tail: Tail | str, entering: list[Tensor]
+    ) -> None:
         """Refit inner layers so that, on the student's inputs, they put out what the teacher's do on its own."""
-        original = self.front.network.regions[region].module
+        original = self.front.network.regions[candidate.first].module
         last = None if isinstance(tail, str) else tail.affine
         for layer in affine_layers(part):
             if layer == last or too_large(fetch(part, layer)) is not None:
                 continue
-            site, source = find_site(part, layer), find_site(original, layer)
-            teacher = observer(original, [source.output])
-            equations = partial(self._drift_equations, part, site, teacher, entering)
-            self._settle(part, (site.layer, site.norm), rectifier_ceiling(part, site.output), equations)
+            teacher = observer(original, [find_site(original, layer).output])
+            self._settle_drift(part, layer, teacher, entering)
+            if layer in candidate.ranks:
+                site = find_site(part, layer)
+                equations = self._drift_equations(part, site, teacher, entering)
+                second = self._factorize(part, (layer, site.norm), equations, candidate.ranks)
+                self._settle_drift(part, second, teacher, entering)
+
+    def _settle_drift(self, part: fx.GraphModule, layer: str, teacher: Watch, entering: list[Tensor]) -> None:
+        site = find_site(part, layer)
+        equations = partial(self._drift_equations, part, site, teacher, entering)
+        self._settle(part, (site.layer, site.norm), rectifier_ceiling(part, site.output), equations)
+
+    def _factorize(
+        self, part: fx.GraphModule, where: tuple[str, str | None], sums: Fitted, ranks: Mapping[str, int]
+    ) -> str:
+        """Put two layers in a layer's place, by the components of what it puts out now; returns the second."""
+        layer, norm = where
+        self._note_bias(part, layer, norm)
+        weight, bias = current_affine(part, layer, norm)
+        if norm is None and fetch(part, layer).bias is None:
+            fetch(part, layer).bias = nn.Parameter(torch.zeros(len(bias)))
+        factor = Factor(layer=layer, rank=ranks[layer])
+        basis = components(sums.both(), weight).basis[:, : factor.rank]
+        first, second = split([self.student.graph, part], factor)
+        behind = None if norm is None else fetch(part, norm)
+        write_factors((fetch(part, first), fetch(part, second)), behind, (weight, bias), basis, sums.both())
+        self.factors.append(factor)
+        if layer in self.kept:
+            self.kept[second] = self.kept[layer]
+        return second
 
     def _drift_equations(
         self, part: fx.GraphModule, site: Site, teacher: Watch, entering: list[Tensor], known: Rectified | None = None

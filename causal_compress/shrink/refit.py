@@ -81,6 +81,10 @@ class NormalEquations:
         """Covariance inside each group of features: columns (groups, each) -> (groups, each, each)."""
         return self.covariance()[columns.unsqueeze(2), columns.unsqueeze(1)]
 
+    def output_covariance(self, weight: Tensor) -> Tensor:
+        """Covariance of z W (targets, targets)."""
+        return weight.T @ self.covariance() @ weight
+
     def output_variance(self, weight: Tensor) -> Tensor:
         """Variance of z W (targets,)."""
         return (weight * (self.covariance() @ weight)).sum(0)
@@ -112,6 +116,11 @@ class NormalEquations:
 Sums: TypeAlias = NormalEquations | FewRows
 
 
+def sample_mean(sums: Sums) -> Tensor:
+    """Mean of the features (features,), float64."""
+    return sums.sum_z / sums.rows
+
+
 @dataclass(frozen=True)
 class Solution:
     """An affine map with the evidence for it.
@@ -127,6 +136,21 @@ class Solution:
     bias: Tensor
     penalty: float
     relative_error: float
+
+
+def projected(sums: Sums, weight: Tensor) -> Sums:
+    """The same rows behind a linear map: features z W, targets as they were.
+
+    Args:
+        sums: Over z.
+        weight: (features, other features).
+    """
+    if isinstance(sums, FewRows):
+        return FewRows((sums.z.double() @ weight).float(), sums.t)
+    part = NormalEquations(weight.shape[1], sums.targets, sums.rows)
+    part.sum_z, part.zz = weight.T @ sums.sum_z, weight.T @ sums.zz @ weight
+    part.sum_t, part.zt, part.tt = sums.sum_t, weight.T @ sums.zt, sums.tt
+    return part
 
 
 def ridge(equations: NormalEquations, penalty: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:

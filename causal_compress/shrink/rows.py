@@ -49,6 +49,12 @@ class FewRows:
         centred = (self.z.double() - self.z.double().mean(0))[:, columns].transpose(0, 1)
         return centred.transpose(1, 2) @ centred / self.rows
 
+    def output_covariance(self, weight: Tensor) -> Tensor:
+        """Covariance of z W (targets, targets)."""
+        outputs = self.z.double() @ weight
+        centred = outputs - outputs.mean(0)
+        return centred.T @ centred / self.rows
+
     def output_variance(self, weight: Tensor) -> Tensor:
         """Variance of z W (targets,)."""
         return (self.z.double() @ weight).var(0, correction=0)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from causal_compress.errors import TraceError
 from causal_compress.results import Keep, Merge, Plan, Surgery
 from causal_compress.shrink.channels import dependencies_of, remove_channels
+from causal_compress.shrink.lowrank import split
 from causal_compress.shrink.parts import build_part
 from causal_compress.understand.graph import compose_with_ends, fetch
 from causal_compress.understand.trace import Network
@@ -74,7 +75,7 @@ def replay(network: Network, surgery: Surgery, weights: dict[str, Tensor]) -> St
 
     Args:
         network: The traced teacher (its weights do not matter); left as it is.
-        surgery: Merges, kept channels, added biases.
+        surgery: Merges, kept channels, added biases, factors.
         weights: The student's state dict.
 
     Raises:
@@ -83,6 +84,8 @@ def replay(network: Network, surgery: Surgery, weights: dict[str, Tensor]) -> St
     student = assemble(network, surgery.merges)
     add_biases(student.graph, surgery.biased)
     narrow(student.graph, network.example_input, surgery.keeps)
+    for factor in surgery.factors:
+        split([student.graph, *student.parts], factor)
     try:
         student.graph.load_state_dict(weights)
     except RuntimeError as error:

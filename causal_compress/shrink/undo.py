@@ -55,11 +55,12 @@ def leaves_whole(row: Candidate, whole: frozenset[int]) -> bool:
     """
     touched = not whole.isdisjoint(range(row.first, row.last + 1))
     narrows_behind = row.inputs_kept < 1.0 and row.first - 1 in whole
-    return not narrows_behind and (not touched or _is_whole(row))
+    return not narrows_behind and (not touched or is_whole(row))
 
 
-def _is_whole(row: Candidate) -> bool:
-    return row.first == row.last and not row.widths and row.inputs_kept == 1.0
+def is_whole(row: Candidate) -> bool:
+    """Whether a candidate is a region as the teacher has it."""
+    return row.first == row.last and not row.widths and not row.ranks and row.inputs_kept == 1.0
 
 
 def taken_back(plan: Plan, position: int, candidates: Candidates, regions: Sequence[RegionInfo]) -> Plan:
@@ -74,7 +75,7 @@ def taken_back(plan: Plan, position: int, candidates: Candidates, regions: Seque
     Limits: channels that the next decision takes from this one's output stay away: they are that decision's.
     """
     decision = plan.decisions[position]
-    rows = {row.first: row for row in candidates.rows if _is_whole(row)}
+    rows = {row.first: row for row in candidates.rows if is_whole(row)}
     span = range(decision.candidate.first, decision.candidate.last + 1)
     whole = [_kept(rows[index], regions[index], decision.outputs_kept if index == span[-1] else 1.0) for index in span]
     before = list(plan.decisions[:position])
