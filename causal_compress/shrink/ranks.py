@@ -79,7 +79,7 @@ def with_ranks(choice: Choice, shape: Shape, known: Mapping[str, Spectrum], rank
         if last in ranks:
             weight, _ = current_affine(part, last, choice.norm(part, last))
             _reduce(choice, part, last, known[last], components(sums.both(), weight[:, known[last].stays]), ranks[last])
-    elif last in ranks:
+    elif last is not None and last in ranks:
         _reduce(choice, part, last, known[last], known[last].found, ranks[last])
     return part
 
