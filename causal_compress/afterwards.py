@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files
 from causal_compress.deploy.versus import Evidence, measure_targets
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.audit import audit
-from causal_compress.explain.report import build_report, read_report_json
+from causal_compress.explain.report import build_report, read_report_json, report_json
 from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
@@ -305,7 +305,7 @@ def audit_file(run_dir: Path) -> Path:
 
 
 def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = None) -> Bisection:
-    """Undo the changes of a finished run one at a time, and write bisect.json into the run folder.
+    """Undo the changes of a finished run one at a time; write bisect.json into its folder, and tell it in the report.
 
     Args:
         run_dir: A finished run.
@@ -328,6 +328,10 @@ def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = No
         )
         found = bisect(with_inputs(case, inputs), ledger, top=top, distilled=recipe.distill is not None)
     _write(run_dir / "bisect.json", found)
+    if (run_dir / "report.json").exists():
+        context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
+        atomic_write_text(run_dir / "report.json", report_json(replace(context, bisection=found)))
+        rebuild_report(run_dir)
     return found
 
 

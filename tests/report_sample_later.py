@@ -12,6 +12,7 @@ from causal_compress.explain.report import ReportInput
 from causal_compress.results import (
     AttributionDrift,
     Audit,
+    Bisection,
     Compared,
     CorruptionRow,
     Estimate,
@@ -30,6 +31,7 @@ from causal_compress.results import (
     QuantizedFile,
     SearchPoint,
     Skip,
+    Undone,
 )
 
 NAMES = ("airplane", "automobile", "bird", HOSTILE, "deer", QUOTED, "frog", "horse", "ship", "truck")
@@ -219,4 +221,36 @@ def full_sample() -> ReportInput:
         latency=timed,
         quantized=quantized(),
         audit=audit(),
+        bisection=bisection(),
+    )
+
+
+def bisection() -> Bisection:
+    """Two changes, the second within the noise; the first named as badly as can be."""
+    worst = Undone(
+        node=HOSTILE,
+        kind="merge",
+        what=("one stands for two",),
+        ledger_harm_kl=0.02,
+        harm_removed_kl=estimate(0.0213, 0.003),
+        heldout_kl=0.041,
+        accuracy=accuracy(94.0, 5_000),
+        accuracy_gained_pp=0.42,
+        accuracy_gained_ci_pp=(0.11, 0.73),
+        macs_given_back=3_100_000,
+        params_given_back=18_000,
+    )
+    other = dataclasses.replace(worst, node="layer2.1", harm_removed_kl=estimate(0.001, 0.003), accuracy_gained_pp=0.0)
+    return Bisection(
+        undone=(worst, other),
+        skipped=(),
+        notes=("refits on 512 inputs",),
+        heldout_kl=0.0623,
+        heldout=512,
+        accuracy=accuracy(93.6, 5_000),
+        macs=68_000_000,
+        params=418_000,
+        distilled=True,
+        refit_inputs=512,
+        seconds=40.0,
     )

@@ -276,6 +276,9 @@ def test_audit_and_bisect_of_a_finished_run(weights: Path, tmp_path: Path, capsy
     assert len(found["undone"]) == 1
     assert {path.name for path in run.iterdir()} == before | {"audit-later.json", "bisect.json"}
     assert json.loads((run / "bisect.json").read_text())["undone"][0]["node"] == found["undone"][0]["node"]
+    assert "Every change undone alone" in (run / "report.html").read_text()
+    compress(recipe, run)  # nothing to do, but the report is written again
+    assert "Every change undone alone" in (run / "report.html").read_text()
     torch.manual_seed(5)
     model = build_model(recipe.model.model_copy(update={"weights": None}))
     torch.save(model.state_dict(), tmp_path / "other.pt")

@@ -23,6 +23,7 @@ from causal_compress.recipe import Recipe
 from causal_compress.results import (
     Accuracy,
     Audit,
+    Bisection,
     Candidates,
     Change,
     Decision,
@@ -68,7 +69,8 @@ class Disagreement:
 @dataclass(frozen=True, kw_only=True, config=_config)
 class ReportInput:
     """All that the report tells; `disagreed` is how many validation inputs they part on, and of how many.
-    What is None was not asked for: `pareto` without a search, `latency` where the plan's cost was not time.
+    What is None was not asked for: `pareto` without a search, `latency` where the plan's cost was not time,
+    `bisection` before `bisect`.
     """
 
     recipe: Recipe
@@ -89,6 +91,7 @@ class ReportInput:
     latency: LatencyTable | None = None
     quantized: Quantized | None = None
     audit: Audit | None = None
+    bisection: Bisection | None = None
 
 
 @plain_dataclass(frozen=True)
@@ -156,6 +159,12 @@ def report_json(context: ReportInput) -> str:
     results = _strict(TypeAdapter(ReportInput).dump_python(context, mode="json"))
     report = {"schema": SCHEMA, "verdict": verdict, "headline": lines, **results}
     return json.dumps(report, ensure_ascii=False, allow_nan=False)
+
+
+def bisected(folder: Path) -> Bisection | None:
+    """What `bisect` found about a run, if it was asked."""
+    path = folder / "bisect.json"
+    return TypeAdapter(Bisection).validate_json(path.read_bytes()) if path.exists() else None
 
 
 def read_report_json(text: str) -> ReportInput:
