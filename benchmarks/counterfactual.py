@@ -26,11 +26,11 @@ import torch
 from counterfactual_parts import autoencoders, cnn, mlp, train_classifier
 from torch import Tensor, nn
 
-from causal_compress.explain.constraints import violations
-from causal_compress.explain.counterfactual import Explainer, find, train_counterfactuals
-from causal_compress.explain.counterfactual_controls import adversarial, gradient_search, nearest_unlike
-from causal_compress.explain.counterfactual_folder import save_explainer
-from causal_compress.explain.counterfactual_metrics import (
+from causal_compress.counterfactual.constraints import violations
+from causal_compress.counterfactual.controls import adversarial, gradient_search, nearest_unlike
+from causal_compress.counterfactual.explainer import Explainer, find, train_counterfactuals
+from causal_compress.counterfactual.folder import save_explainer
+from causal_compress.counterfactual.metrics import (
     answers,
     distances,
     diversity_ratio,
@@ -41,8 +41,8 @@ from causal_compress.explain.counterfactual_metrics import (
     neighbour_distances,
     plausible_pct,
 )
-from causal_compress.explain.counterfactual_training import other_classes
-from causal_compress.explain.readable import pixels
+from causal_compress.counterfactual.readable import pixels
+from causal_compress.counterfactual.training import other_classes
 from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model

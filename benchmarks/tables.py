@@ -24,7 +24,17 @@ PACKAGE = ROOT / "causal_compress"
 
 _TABLE = re.compile(r"(<!-- table:([\w-]+)((?: \w+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
-_READING_ORDER = ("results", "inputs", "understand", "shrink", "recover", "deploy", "explain", "commands")
+_READING_ORDER = (
+    "results",
+    "inputs",
+    "understand",
+    "shrink",
+    "recover",
+    "deploy",
+    "explain",
+    "counterfactual",
+    "commands",
+)
 _FIRST_FILES = ("errors", "recipe", "recipe_file", "recipe_faults", "files", "progress", "provenance")
 _WIDEST = 100
 _OTHER_FOLDERS = (

@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from causal_compress.cli import main
-from causal_compress.errors import CheckpointError, NumericalError, UsageError
-from causal_compress.explain import contrast as contrasting
-from causal_compress.explain.bias import bias_of
-from causal_compress.explain.constraints import Domain, domain_of
-from causal_compress.explain.contrast import contrast, parting_site
-from causal_compress.explain.counterfactual import (
+from causal_compress.counterfactual.bias import bias_of
+from causal_compress.counterfactual.constraints import Domain, domain_of
+from causal_compress.counterfactual.contrast import contrast, parting_site
+from causal_compress.counterfactual.explainer import (
     Explainer,
     Found,
     _refine,
@@ -24,10 +22,12 @@ from causal_compress.explain.counterfactual import (
     target_of,
     train_counterfactuals,
 )
-from causal_compress.explain.counterfactual_folder import DESCRIPTION, WEIGHTS, load_explainer, save_explainer
-from causal_compress.explain.counterfactual_page import counterfactual_page, picture_png
-from causal_compress.explain.counterfactual_training import judge_of, other_classes, suspicions, target_loss
-from causal_compress.explain.generator import Critic, ImageGenerator, build_generator
+from causal_compress.counterfactual.folder import DESCRIPTION, WEIGHTS, load_explainer, save_explainer
+from causal_compress.counterfactual.generator import Critic, ImageGenerator, build_generator
+from causal_compress.counterfactual.page import counterfactual_page, picture_png
+from causal_compress.counterfactual.training import judge_of, other_classes, suspicions, target_loss
+from causal_compress.errors import CheckpointError, NumericalError, UsageError
+from causal_compress.explain import contrast as contrasting
 from causal_compress.inputs.data import load_data
 from causal_compress.recipe import CounterfactualSection, DataSection
 from causal_compress.results import CounterfactualTraining, SitePart, TrainingCheck

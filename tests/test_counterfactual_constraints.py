@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from causal_compress.counterfactual.constraints import Domain, domain_of, project, straight_through, violations
 from causal_compress.errors import UsageError
-from causal_compress.explain.constraints import Domain, domain_of, project, straight_through, violations
 from causal_compress.inputs.data import load_data
 from causal_compress.recipe import CounterfactualSection, DataSection
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from causal_compress.errors import DataError
-from causal_compress.explain.constraints import Domain
-from causal_compress.explain.counterfactual_controls import adversarial, gradient_search, nearest_unlike
-from causal_compress.explain.counterfactual_metrics import (
+from causal_compress.counterfactual.constraints import Domain
+from causal_compress.counterfactual.controls import adversarial, gradient_search, nearest_unlike
+from causal_compress.counterfactual.metrics import (
     agreement_pct,
     distances,
     diversity_ratio,
@@ -19,6 +18,7 @@ from causal_compress.explain.counterfactual_metrics import (
     neighbour_distances,
     plausible_pct,
 )
+from causal_compress.errors import DataError
 
 
 def noise(count, width=4, seed=0):

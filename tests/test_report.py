@@ -244,7 +244,7 @@ def test_all_that_came_later_round_trips_and_stays_small(full: str) -> None:
     assert len(full.encode()) < 500_000
     page = Page(full)
     assert page.bad == []
-    assert len(page.figures) == 15
+    assert len(page.figures) == 16
     assert all({"svg", "table"} <= set(tags) for tags in page.figures)
     assert "<script" not in full.lower()
     assert page.attributes("onerror") == []

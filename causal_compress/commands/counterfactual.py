@@ -41,9 +41,9 @@ def train(*, out: Path, force: bool, as_json: bool, **inputs: Any) -> None:
     """Trains the generator of counterfactuals for a checkpoint."""
     recipe = chosen_recipe(**inputs)
 
-    from causal_compress.explain.bias import probe_bias
-    from causal_compress.explain.counterfactual import train_counterfactuals
-    from causal_compress.explain.counterfactual_folder import save_explainer
+    from causal_compress.counterfactual.bias import probe_bias
+    from causal_compress.counterfactual.explainer import train_counterfactuals
+    from causal_compress.counterfactual.folder import save_explainer
     from causal_compress.files import atomic_write_text
     from causal_compress.recipe import CounterfactualSection
     from causal_compress.recipe_file import recipe_yaml
@@ -86,9 +86,9 @@ def show(*, folder: Path, index: int, target: str, split: str, settings: tuple[s
             "--out has an unknown ending", found=str(out), wanted=", ".join(_FORMATS), remedy="name FILE.html"
         )
 
-    from causal_compress.explain.contrast import contrast
-    from causal_compress.explain.counterfactual import find, target_of
-    from causal_compress.explain.counterfactual_folder import load_explainer, read_description
+    from causal_compress.counterfactual.contrast import contrast
+    from causal_compress.counterfactual.explainer import find, target_of
+    from causal_compress.counterfactual.folder import load_explainer, read_description
     from causal_compress.recipe_file import load_recipe
     from causal_compress.stages import numerics
 
@@ -128,7 +128,7 @@ def _one_label(label: int) -> Any:
 
 
 def _write(out: Path, explainer: Any, found: Any, told: Contrast) -> None:
-    from causal_compress.explain.counterfactual_page import counterfactual_page, picture_png
+    from causal_compress.counterfactual.page import counterfactual_page, picture_png
     from causal_compress.files import atomic_write_bytes, atomic_write_text
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from causal_compress.explain.constraints import Domain
+from causal_compress.counterfactual.constraints import Domain
 from causal_compress.inputs.data import Features
 from causal_compress.results import FeatureChange
 from causal_compress.understand.intervene import feature_layout, feature_names

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from causal_compress.counterfactual.constraints import Domain, closeness, domain_of, project, straight_through
+from causal_compress.counterfactual.generator import Critic, ImageGenerator, TableGenerator, build_generator
+from causal_compress.counterfactual.metrics import diversity_ratio
 from causal_compress.errors import NumericalError, UsageError
-from causal_compress.explain.constraints import Domain, closeness, domain_of, project, straight_through
-from causal_compress.explain.counterfactual_metrics import diversity_ratio
-from causal_compress.explain.generator import Critic, ImageGenerator, TableGenerator, build_generator
 from causal_compress.inputs.data import Data, Split
 from causal_compress.progress import progress
 from causal_compress.recipe import CounterfactualSection

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from causal_compress.explain.constraints import Domain, closeness, project, straight_through
-from causal_compress.explain.counterfactual_training import target_loss
+from causal_compress.counterfactual.constraints import Domain, closeness, project, straight_through
+from causal_compress.counterfactual.training import target_loss
 
 _CHUNK = 256
 _CONFIDENCE = 0.95

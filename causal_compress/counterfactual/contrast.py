@@ -10,8 +10,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from causal_compress.counterfactual.explainer import Explainer, Found, describe
 from causal_compress.errors import DataError
-from causal_compress.explain.counterfactual import Explainer, Found, describe
 from causal_compress.inputs.data import Split
 from causal_compress.recipe import InterveneSection
 from causal_compress.results import Contrast, SitePart

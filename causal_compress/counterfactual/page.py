@@ -10,10 +10,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from causal_compress.counterfactual.explainer import Explainer, Found
+from causal_compress.counterfactual.readable import pixels
 from causal_compress.errors import UsageError
-from causal_compress.explain.counterfactual import Explainer, Found
 from causal_compress.explain.formats import number
-from causal_compress.explain.readable import pixels
 from causal_compress.results import Contrast, Counterfactual
 
 _SIDE = 176
@@ -42,7 +42,7 @@ def counterfactual_page(explainer: Explainer, found: Found, contrast: Contrast) 
     names = (f"original: {one.predicted_class}", f"counterfactual: {one.answered_class}", "difference")
     is_image = explainer.features.kind == "image"
     shown = [_data_url(picture) for picture in three_pictures(explainer, found)] if is_image else []
-    return environment.get_template("counterfactual.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         c=one,
         contrast=contrast,
         title=f"Why {one.predicted_class} and not {one.target_class}?",

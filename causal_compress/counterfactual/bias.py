@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from causal_compress.counterfactual.explainer import Explainer, Found, find
+from causal_compress.counterfactual.training import other_classes
 from causal_compress.errors import UsageError
-from causal_compress.explain.counterfactual import Explainer, Found, find
-from causal_compress.explain.counterfactual_training import other_classes
 from causal_compress.inputs.data import Split
 from causal_compress.results import BiasProbe, FeatureShare, PairBias
 from causal_compress.understand.intervene import feature_layout, feature_names

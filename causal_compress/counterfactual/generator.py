@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from causal_compress.explain.constraints import Domain
+from causal_compress.counterfactual.constraints import Domain
 
 _BLOCKS = 3
 _SMALLEST_SIDE = 7

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from causal_compress.counterfactual.constraints import Domain
+from causal_compress.counterfactual.explainer import Explainer
+from causal_compress.counterfactual.generator import build_generator
+from causal_compress.counterfactual.training import judge_of
 from causal_compress.errors import CheckpointError
-from causal_compress.explain.constraints import Domain
-from causal_compress.explain.counterfactual import Explainer
-from causal_compress.explain.counterfactual_training import judge_of
-from causal_compress.explain.generator import build_generator
 from causal_compress.files import atomic_write_bytes
 from causal_compress.inputs.data import Features
 from causal_compress.recipe import CounterfactualSection

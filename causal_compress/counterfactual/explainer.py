@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from causal_compress.counterfactual.constraints import Domain, closeness, project, straight_through, violations
+from causal_compress.counterfactual.generator import ImageGenerator, TableGenerator
+from causal_compress.counterfactual.metrics import distances
+from causal_compress.counterfactual.readable import largest_changes
+from causal_compress.counterfactual.training import Judge, judge_of, train_gan
 from causal_compress.errors import UsageError
-from causal_compress.explain.constraints import Domain, closeness, project, straight_through, violations
-from causal_compress.explain.counterfactual_metrics import distances
-from causal_compress.explain.counterfactual_training import Judge, judge_of, train_gan
-from causal_compress.explain.generator import ImageGenerator, TableGenerator
-from causal_compress.explain.readable import largest_changes
 from causal_compress.inputs.data import Data, Features, Split
 from causal_compress.recipe import CounterfactualSection
 from causal_compress.results import Counterfactual, CounterfactualStatus, CounterfactualTraining
