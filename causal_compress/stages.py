@@ -55,10 +55,10 @@ from causal_compress.runs import Run, read_provenance, read_result
 from causal_compress.shrink.front import Front, fresh_front
 from causal_compress.shrink.latency import measure_latency, plan_for_latency
 from causal_compress.shrink.measure import measure
-from causal_compress.shrink.plan import make_plan
 from causal_compress.shrink.probe import Probe, draw_probe
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
+from causal_compress.shrink.rivals import plan_and_compare
 from causal_compress.shrink.surgery import Student, boundaries, save_weights
 from causal_compress.shrink.surgery import replay as replay_surgery
 from causal_compress.shrink.undo import whole_regions
@@ -160,11 +160,11 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
         },
     )
     settled = recipe if settle is None else settle(run, recipe, candidates, effects.chain.regions)
-    plan = decide(run, settled, network, (candidates, effects, groups))
+    plan = decide(run, settled, network, (candidates, effects, groups), probe)
     return Understood(data, network, teacher, effects, groups, candidates, plan, probe, recipe.plan.temperature)
 
 
-def decide(run: Run, recipe: Recipe, network: Network, known: tuple[Candidates, Effects, Groups]) -> Plan:
+def decide(run: Run, recipe: Recipe, network: Network, known: tuple[Candidates, Effects, Groups], probe: Probe) -> Plan:
     """The plan; with a budget on latency, from what each candidate takes on the runtime, timed here."""
     depends = {
         "candidates": run.key_of("candidates"),
@@ -174,7 +174,8 @@ def decide(run: Run, recipe: Recipe, network: Network, known: tuple[Candidates, 
     }
     section = recipe.budget.latency_ms
     if section is None:
-        return run.stage("plan", Plan, lambda _: make_plan(*known, recipe.budget, recipe.plan), depends=depends)
+        depends |= {"rewrite": recipe.rewrite, "prune": recipe.prune}
+        return run.stage("plan", Plan, lambda _: plan_and_compare(network, known, recipe, probe), depends=depends)
     timer = partial(time_models, section=section)
     where = {"runtime": section.runtime, "batch": section.batch, "threads": section.threads, **place()}
     table = run.stage(
