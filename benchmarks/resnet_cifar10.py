@@ -1,0 +1,85 @@
+"""Accuracy at a given cost: ResNet-56 on CIFAR-10 from the public checkpoint, distilled, five sizes.
+
+    python benchmarks/resnet_cifar10.py --weights resnet56-4bfd9763.th --data cifar10.npz --out runs/records
+    python benchmarks/resnet_cifar10.py ... --removed 53 --epochs 40 --seeds 0
+
+One run folder for each size and seed below --out; all sizes of a seed share one analysis, and a run that was cut off
+goes on. All 10,000 test images are read once for each, after the last epoch. Writes results/resnet_cifar10.json after
+each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from causal_compress.files import atomic_write_text
+from causal_compress.pipeline import compress
+from causal_compress.provenance import machine
+from causal_compress.recipe_file import load_recipe
+from causal_compress.runs import read_provenance
+from causal_compress.shipped import find_recipe
+
+HERE = Path(__file__).parent
+REMOVED = [53.0, 61.0, 71.0, 76.0, 89.0]
+
+
+def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, Any]:
+    """One line of the table, from a finished run folder."""
+    card = json.loads((folder / "scorecard.json").read_text(encoding="utf-8"))
+    student, teacher = (next(row for row in card["rows"] if row["model"] == name) for name in ("student", "teacher"))
+    return {
+        "arch": "resnet56",
+        "target_removed_pct": removed,
+        "macs_removed_pct": round(100 * (1 - student["macs"] / teacher["macs"]), 2),
+        "params": student["params"],
+        "accuracy_pct": student["accuracy_pct"],
+        "teacher_accuracy_pct": teacher["accuracy_pct"],
+        "drop_pp": student["drop_pp"],
+        "drop_ci_pp": student["drop_ci_pp"],
+        "n": student["n"],
+        "epochs": epochs,
+        "minutes": round(sum(stage.seconds for stage in read_provenance(folder).stages) / 60, 1),
+        "seed": seed,
+    }
+
+
+def main() -> None:
+    """Run or read back every size, and write the table's results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="the public ResNet-56")
+    parser.add_argument("--data", required=True, help="npz with CIFAR-10")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--removed", type=float, nargs="+", default=REMOVED, help="MACs to remove [percent]")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", dest="settings", nargs="*", default=[], help="further recipe keys")
+    parser.add_argument("--result", type=Path, default=HERE / "results" / "resnet_cifar10.json")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for seed in given.seeds:
+        analysis: Path | None = None
+        for removed in given.removed:
+            settings = [
+                f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:resnet56",
+                f"model.weights={given.weights}",
+                f"data.source=npz:{given.data}",
+                f"budget.macs={1 - removed / 100}",
+                f"distill.epochs={given.epochs}",
+                f"seed={seed}",
+                *given.settings,
+            ]
+            folder = given.out / f"{removed:g}-{given.epochs}-{seed}"
+            recipe = load_recipe(find_recipe("cifar-resnet"), settings)
+            compress(recipe, folder, command=["python", "benchmarks/resnet_cifar10.py"], reuse=analysis)
+            analysis = analysis or folder
+            rows.append(row_of(folder, removed, given.epochs, seed))
+            print(rows[-1], flush=True)
+            result = {"schema": 1, "machine": machine(), "command": "python benchmarks/resnet_cifar10.py", "rows": rows}
+            atomic_write_text(given.result, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
