@@ -41,7 +41,7 @@ SIDE = 64
 WIDTHS = [0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09, 0.0625, 0.045, 0.03, 0.02, 0.01]
 
 
-def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int) -> Recipe:
+def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int, threads: int | None = None) -> Recipe:
     """The shipped recipe with MNIST, this teacher and this budget.
 
     Args:
@@ -50,6 +50,7 @@ def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int) -
         kept: Largest share of parameters.
         epochs: Of distillation.
         seed: Of splits, masks and distillation.
+        threads: Of the compression; None: all.
     """
     given = {
         "model.arch": "torchvision:alexnet",
@@ -66,6 +67,7 @@ def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int) -
         "plan.min_channels": 2,
         "distill.epochs": epochs,
         "seed": seed,
+        "threads": threads,
     }
     return load_recipe(find_recipe("plain-cnn"), [f"{key}={json.dumps(value)}" for key, value in given.items()])
 
@@ -101,20 +103,19 @@ def make_teacher(data: Path, weights: Path, seed: int) -> None:
     save_file(train(model, load_data(recipe.data, seed=seed), seed).state_dict(), weights)
 
 
-def measure(data: Path, work: Path, removed_pct: float, epochs: int, seed: int) -> dict[str, Any]:
+def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int) -> dict[str, Any]:
     """One row: a teacher and its student.
 
     Args:
-        data: npz file of MNIST.
+        given: Data, epochs and threads from the command line.
         work: Teacher and run folder are made here.
         removed_pct: Parameters to remove [percent].
-        epochs: Of distillation.
         seed: Of everything.
     """
     weights = work / f"teacher-{seed}.safetensors"
     if not weights.exists():
-        make_teacher(data, weights, seed)
-    recipe = recipe_for(data, weights, 1 - removed_pct / 100, epochs, seed)
+        make_teacher(given.data, weights, seed)
+    recipe = recipe_for(given.data, weights, 1 - removed_pct / 100, given.epochs, seed, given.threads)
     started = time.perf_counter()
     card = compress(recipe, work / f"run-{removed_pct:g}-{seed}").scorecard
     teacher, student = (next(row for row in card.rows if row.model == name) for name in ("teacher", "student"))
@@ -128,7 +129,7 @@ def measure(data: Path, work: Path, removed_pct: float, epochs: int, seed: int) 
         "drop_pp": student.drop_pp,
         "drop_ci_pp": student.drop_ci_pp,
         "n": student.n,
-        "epochs": epochs,
+        "epochs": given.epochs,
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "seed": seed,
     }
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="+", default=[99.42], help="parameters to remove [percent]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=5, help="of distillation")
+    parser.add_argument("--threads", type=int, help="of the compression; default: all")
     parser.add_argument("--work", type=Path, help="keep teachers and run folders here; unfinished ones go on")
     parser.add_argument("--out", type=Path, default=RESULTS / "alexnet_mnist.json")
     given = parser.parse_args()
@@ -152,7 +154,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         for seed in given.seeds:
             for share in given.removed:
-                rows.append(measure(given.data, work, share, given.epochs, seed))
+                rows.append(measure(given, work, share, seed))
                 print(rows[-1], flush=True)
                 atomic_write_text(given.out, json.dumps({**content, "rows": rows}, indent=1) + "\n")
 
