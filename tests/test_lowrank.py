@@ -166,3 +166,18 @@ def test_the_second_layer_makes_up_for_what_the_first_one_loses():
     with torch.no_grad():
         weight.copy_((u[:, :2] * s[:2] @ v[:2]).reshape(weight.shape))
     assert harm(network, student.graph, "stages") < 0.7 * harm(network, bare.graph, "stages")
+
+
+def test_a_cut_point_behind_a_split_layer_can_still_lose_channels():
+    network = traced("plain")
+    cuts = find_widths(network, PlanSection(min_channels=2)).cuts
+    before, group = next(iter(sorted(cuts.items())))
+    plan = planned(singles(network), shares={before + 1: 0.5})
+    plan.decisions[before].candidate.ranks[group.producer] = 2
+    student, _, _ = prune(assemble(network, singles(network)), plan, front_at_input(network, "plain"), PruneSection())
+    (keep,), (factor,) = student.surgery.keeps, student.surgery.factors
+    assert (keep.producer, len(keep.channels)) == (group.producer, round(0.5 * group.channels))
+    assert (factor.layer, factor.rank) == (group.producer, 2)
+    x = inputs_of("plain", 8, 3)
+    again = replay(network, student.surgery, weights_of(student.graph))
+    assert torch.equal(answers(again.graph, x), answers(student.graph, x))

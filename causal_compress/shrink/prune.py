@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,15 @@ def prune(
     return replace(work.student, surgery=surgery), tuple(work.changes), tuple(work.skips)
 
 
+@dataclass(frozen=True)
+class _Refit:
+    """Relative error of a layer, the penalty that it was refitted with, and sums over its inputs; None: no refit."""
+
+    error: float | None = None
+    penalty: float | None = None
+    sums: Fitted | None = None
+
+
 class _Work:
     """Everything that grows while the surgery goes along the chain."""
 
@@ -102,11 +112,11 @@ class _Work:
         if candidate.representative == candidate.first and candidate.adapter is None:
             self._absorb_drift(part, candidate, tail, entering)
         last = candidate.last == len(self.front.network.regions) - 1
-        error, penalty = self._refit_tail(part, tail, targets, last=last)
+        refit = self._refit_tail(part, tail, targets, last=last)
         if isinstance(tail, Tail) and tail.affine in candidate.ranks:
-            sums = tail_equations(part, tail, self.front.student, targets)
+            sums = refit.sums or tail_equations(part, tail, self.front.student, targets)
             self._factorize(part, (tail.affine, tail.norm), sums, candidate.ranks)
-            error, penalty = self._refit_tail(part, find_tail(part), targets, last=last)
+            refit = self._refit_tail(part, find_tail(part), targets, last=last)
         narrowed += [f"{layer} in two layers of rank {rank}" for layer, rank in candidate.ranks.items()]
         rise = self.front.advance(part)
         if narrowed:
@@ -117,8 +127,8 @@ class _Work:
                     evidence=decision.evidence,
                     predicted_harm_kl=decision.predicted_harm_kl,
                     measured_harm_kl=rise,
-                    relative_error=error,
-                    penalty=penalty,
+                    relative_error=refit.error,
+                    penalty=refit.penalty,
                 )
             )
 
@@ -171,17 +181,18 @@ class _Work:
             if layer == last or too_large(fetch(part, layer)) is not None:
                 continue
             teacher = observer(original, [find_site(original, layer).output])
-            self._settle_drift(part, layer, teacher, entering)
+            sums = self._settle_drift(part, layer, teacher, entering)
             if layer in candidate.ranks:
-                site = find_site(part, layer)
-                equations = self._drift_equations(part, site, teacher, entering)
-                second = self._factorize(part, (layer, site.norm), equations, candidate.ranks)
+                second = self._factorize(part, (layer, find_site(part, layer).norm), sums, candidate.ranks)
                 self._settle_drift(part, second, teacher, entering)
 
-    def _settle_drift(self, part: fx.GraphModule, layer: str, teacher: Watch, entering: list[Tensor]) -> None:
+    def _settle_drift(self, part: fx.GraphModule, layer: str, teacher: Watch, entering: list[Tensor]) -> Fitted:
+        """Refit one layer; returns sums over its inputs."""
         site = find_site(part, layer)
         equations = partial(self._drift_equations, part, site, teacher, entering)
-        self._settle(part, (site.layer, site.norm), rectifier_ceiling(part, site.output), equations)
+        refit = self._settle(part, (site.layer, site.norm), rectifier_ceiling(part, site.output), equations)
+        assert refit.sums is not None
+        return refit.sums
 
     def _factorize(
         self, part: fx.GraphModule, where: tuple[str, str | None], sums: Fitted, ranks: Mapping[str, int]
@@ -227,18 +238,16 @@ class _Work:
         equations: Callable[[Rectified | None], Fitted],
         *,
         always: bool = False,
-    ) -> tuple[float, float | None]:
-        """Solve a layer anew, and before a rectifier again, for what it lets through; relative error and penalty."""
+    ) -> _Refit:
+        """Solve a layer anew, and before a rectifier again, for what it lets through."""
         sums = equations(None)
         error, penalty = self._improve(part, where, sums, always=always)
-        if ceiling is None:
-            return error, penalty
-        for _ in range(RECTIFIED_ROUNDS):
-            error, taken = self._improve(part, where, equations(Rectified(ceiling, sums)))
+        for _ in range(RECTIFIED_ROUNDS if ceiling is not None else 0):
+            error, taken = self._improve(part, where, equations(Rectified(ceiling or math.inf, sums)))
             if taken is None:
                 break
             penalty = taken
-        return error, penalty
+        return _Refit(error, penalty, sums)
 
     def _improve(
         self, part: fx.GraphModule, where: tuple[str, str | None], sums: Fitted, *, always: bool = False
@@ -262,9 +271,12 @@ class _Work:
         return kept_channels(known, [count], PATH_PENALTY)[count]
 
     def _remove(self, producer: str, kept: Tensor) -> None:
-        keep = Keep(producer=producer, channels=tuple(int(channel) for channel in kept))
-        remove_channels(self.student.graph, self.dependencies, keep)
-        self.keeps.append(keep)
+        channels = tuple(int(channel) for channel in kept)
+        whole = {f"{factor.layer}.1": factor.layer for factor in self.factors}
+        if producer in whole:  # split since the dependencies were read; replay narrows first and splits then
+            self.dependencies = dependencies_of(self.student.graph, self.front.network.example_input)
+        remove_channels(self.student.graph, self.dependencies, Keep(producer=producer, channels=channels))
+        self.keeps.append(Keep(producer=whole.get(producer, producer), channels=channels))
 
     def _write(self, part: fx.GraphModule, layer: str, sums: Fitted, prior: Tensor) -> None:
         site = find_site(part, layer)
@@ -276,16 +288,14 @@ class _Work:
         if norm is None and fetch(part, layer).bias is None:
             self.biased.append(layer)
 
-    def _refit_tail(
-        self, part: fx.GraphModule, tail: Tail | str, targets: list[Tensor], *, last: bool
-    ) -> tuple[float | None, float | None]:
-        """Solve the part's last affine layer anew if held-out error falls; returns its relative error and penalty."""
+    def _refit_tail(self, part: fx.GraphModule, tail: Tail | str, targets: list[Tensor], *, last: bool) -> _Refit:
+        """Solve the part's last affine layer anew if held-out error falls."""
         if isinstance(tail, str) or not targets or (last and self.section.head_refit == "never"):
-            return None, None
+            return _Refit()
         reason = too_large(fetch(part, tail.affine))
         if reason is not None:
             self.skips.append(Skip(what=f"refit of {tail.affine}", reason=reason))
-            return None, None
+            return _Refit()
         equations = partial(tail_equations, part, tail, self.front.student, targets)
         always = last and self.section.head_refit == "always"
         where = (tail.affine, tail.norm)
