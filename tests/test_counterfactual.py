@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from causal_compress.cli import main
+from causal_compress.counterfactual import contrast as contrasting
 from causal_compress.counterfactual.bias import bias_of
 from causal_compress.counterfactual.constraints import Domain, domain_of
 from causal_compress.counterfactual.contrast import contrast, parting_site
@@ -27,7 +28,6 @@ from causal_compress.counterfactual.generator import Critic, ImageGenerator, bui
 from causal_compress.counterfactual.page import counterfactual_page, picture_png
 from causal_compress.counterfactual.training import judge_of, other_classes, suspicions, target_loss
 from causal_compress.errors import CheckpointError, NumericalError, UsageError
-from causal_compress.explain import contrast as contrasting
 from causal_compress.inputs.data import load_data
 from causal_compress.recipe import CounterfactualSection, DataSection
 from causal_compress.results import CounterfactualTraining, SitePart, TrainingCheck
