@@ -66,7 +66,7 @@ ROW = {
     "peak_memory_bytes": int,
 }
 """The columns that were promised to programs that read scorecard.json."""
-WORK = ("intervene", "group", "measure", "make_plan", "rewrite", "prune", "distill", "export", "benchmark")
+WORK = ("intervene", "group", "measure", "plan_and_compare", "rewrite", "prune", "distill", "export", "benchmark")
 
 
 @pytest.fixture(scope="module")
