@@ -49,12 +49,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="npz with CIFAR-10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=sorted(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--threads", type=int, help="of the compression; default: all")
     parser.add_argument("--analysis", type=Path, help="a run whose analysis is taken over by the first variant")
     args = parser.parse_args()
     inputs = [
         f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:resnet56",
         f"model.weights={args.weights}",
         f"data.source=npz:{args.data}",
+        *([] if args.threads is None else [f"threads={args.threads}"]),
     ]
     rows: dict[str, list[dict[str, Any]]] = {"no_training": [], "distilled": []}
     analysis: Path | None = args.analysis

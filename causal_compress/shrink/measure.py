@@ -182,7 +182,7 @@ class Sweep:
 
     def _ranks(self, choice: Choice, narrowed: Sequence[Candidate]) -> list[Candidate]:
         """Low ranks at full and at smaller widths: those measured for which no cheaper form loses less variance."""
-        if not is_allowed(self._name(choice.first), self.section):
+        if not self.section.low_rank or not is_allowed(self._name(choice.first), self.section):
             return []
         inner = self.widths.inner.get(choice.representative, [])
         levels = [{}, *(_by_producer(inner, c) for c in level_counts([g.channels for g in inner], self.section))]
