@@ -59,14 +59,15 @@ def main() -> None:
         *([] if args.threads is None else [f"threads={args.threads}"]),
     ]
     rows: dict[str, list[dict[str, Any]]] = {"no_training": [], "distilled": []}
-    analysis: Path | None = args.analysis
+    analyses: dict[tuple[str, ...], Path] = {}  # by the settings that an analysis depends on
     for name, overrides in VARIANTS.items():
         folder = args.out / name
+        kind = tuple(setting for setting in overrides if setting.startswith(("plan.low_rank", "plan.align")))
         if name in args.only:
             recipe = load_recipe(find_recipe("cifar-resnet"), [*inputs, *overrides])
-            compress(recipe, folder, command=["python", "benchmarks/resnet56.py", name], reuse=analysis)
+            compress(recipe, folder, command=["python", "benchmarks/resnet56.py", name], reuse=analyses.get(kind, args.analysis))
         if (folder / "scorecard.json").exists():
-            analysis = folder if name == "both-055" else analysis
+            analyses.setdefault(kind, folder)
             rows["distilled" if name.startswith("distilled") else "no_training"].append(row_of(name, folder))
     for kind, found in rows.items():
         if found:
