@@ -65,7 +65,8 @@ def main() -> None:
         kind = tuple(setting for setting in overrides if setting.startswith(("plan.low_rank", "plan.align")))
         if name in args.only:
             recipe = load_recipe(find_recipe("cifar-resnet"), [*inputs, *overrides])
-            compress(recipe, folder, command=["python", "benchmarks/resnet56.py", name], reuse=analyses.get(kind, args.analysis))
+            known = analyses.get(kind, args.analysis)
+            compress(recipe, folder, command=["python", "benchmarks/resnet56.py", name], reuse=known)
         if (folder / "scorecard.json").exists():
             analyses.setdefault(kind, folder)
             rows["distilled" if name.startswith("distilled") else "no_training"].append(row_of(name, folder))
