@@ -186,8 +186,8 @@ def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
     fall = teacher.macs / student.macs if student.macs else 1.0
     if fall > 1.0 and high < _SHORTFALL * fall:
         yield (
-            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed (plan.align: cpu and "
-            "more merged regions bring more of it)"
+            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed (a budget.latency_ms "
+            "plans for it; plan.align: cpu helps, and plan.low_rank: false, since split layers are more operators)"
         )
 
 
