@@ -295,7 +295,7 @@ def _journey(context: ReportInput) -> tuple[tuple[str, Accuracy], ...]:
     """Validation accuracy after each stage that touched the weights."""
     steps = [("Teacher", context.teacher.accuracy)]
     steps += [("After merging and refitting", context.rewritten.validation)]
-    steps += [("After removing channels", context.pruned.validation)]
+    steps += [("After narrowing and splitting layers", context.pruned.validation)]
     if context.distilled:
         steps.append(("After distillation", context.distilled.validation))
     return tuple(steps)
