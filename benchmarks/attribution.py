@@ -38,11 +38,13 @@ from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
 from causal_compress.provenance import machine
 from causal_compress.recipe import DataSection, ModelSection, NormalizeSection
+from causal_compress.understand.intervene import Baseline
 from causal_compress.understand.trace import trace
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SUBSTRATES = ("mean", "blur", "zero")
+SUBSTRATES: tuple[Baseline, ...] = ("mean", "blur", "zero")
+GIVEN: tuple[Baseline, ...] = ("mean", "blur")  # the baselines that methods work with
 PEERS = ("captum occlusion", "captum integrated gradients", "captum gradientshap", "captum grad-cam")
 Method = Callable[[nn.Module, Engine, Scene, Tensor, int, int], Tensor]
 
@@ -69,7 +71,7 @@ def occlusion(model: nn.Module, engine: Engine, scene: Scene, classes: Tensor, b
 
     window, stride, _ = windows(scene, budget)
     total = torch.zeros(len(classes), len(scene.names))
-    for name in ("mean", "blur"):
+    for name in GIVEN:
         found = Occlusion(model).attribute(
             scene.x,
             sliding_window_shapes=(scene.x.shape[1], window, window),
@@ -112,7 +114,7 @@ def integrated(model: nn.Module, engine: Engine, scene: Scene, classes: Tensor, 
     from captum.attr import IntegratedGradients
 
     total = torch.zeros(len(classes), len(scene.names))
-    for name in ("mean", "blur"):
+    for name in GIVEN:
         found = IntegratedGradients(model).attribute(
             scene.x,
             baselines=scene.baselines[name].contiguous(),
@@ -132,7 +134,7 @@ def gradient_shap(model: nn.Module, engine: Engine, scene: Scene, classes: Tenso
     np.random.seed(seed)  # noqa: NPY002  captum draws from the global generator
     rows = []
     for row in range(len(classes)):
-        baselines = torch.cat([scene.baselines[name][row : row + 1] for name in ("mean", "blur")])
+        baselines = torch.cat([scene.baselines[name][row : row + 1] for name in GIVEN])
         found = GradientShap(model).attribute(
             scene.x[row : row + 1], baselines=baselines, target=int(classes[row]), n_samples=budget
         )
@@ -244,7 +246,7 @@ def scene_of(data: Data, x: Tensor, grid: int) -> Scene:
 
 def given(scene: Scene) -> Scene:
     """What the methods get: zero is kept from them."""
-    baselines = {name: scene.baselines[name] for name in ("mean", "blur")}
+    baselines = {name: scene.baselines[name] for name in GIVEN}
     return Scene(scene.x, scene.layout, scene.names, baselines)
 
 
@@ -296,7 +298,7 @@ def main() -> None:
     x, _ = getattr(data, args.split).take(range(args.images))
     classes = engine.answer(x, exact=True).argmax(1).cpu()
     rows, per_image = measure(args, (model, engine, data), judge, x, classes)
-    rows += compare(per_image)
+    rows += [row for substrate in (*GIVEN, "both") for row in compare(per_image[substrate], substrate)]
     scene = scene_of(data, x[:200], args.grid)
     order = METHODS["surrogate"](model, engine, given(scene), classes[:200], args.masks, 0)
     rows.append(minimal_row(engine, scene, order, data.classes))
@@ -310,12 +312,13 @@ def main() -> None:
 
 def measure(
     args: Any, setting: tuple[nn.Module, Engine, Data], judge: Engine, x: Tensor, classes: Tensor
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """One row for each method, and insertion minus deletion of each image, mean over substrates mean and blur."""
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    """One row for each method; insertion minus deletion of each image by substrate (`both`: mean of the two)."""
     model, engine, data = setting
     stranger = randomised(model)
     strange_engine = open_engine(trace(stranger, data.example_input))
-    rows, per_image = [], {}
+    rows: list[dict[str, Any]] = []
+    per_image: dict[str, dict[str, np.ndarray]] = {substrate: {} for substrate in (*GIVEN, "both")}
     for name in args.methods:
         method, seeds = METHODS[name], args.seeds if name in SEEDED else args.seeds[:1]
         areas: list[dict[str, Tensor]] = []
@@ -341,7 +344,9 @@ def measure(
             extras.append([float(torch.cat([one[i] for one in faith]).mean()) for i in range(2)])
         mean = {key: torch.stack([one[key] for one in areas]).mean(0).double().numpy() for key in areas[0]}
         gain = {s: mean[f"insertion {s}"] - mean[f"deletion {s}"] for s in SUBSTRATES}
-        per_image[name] = (gain["mean"] + gain["blur"]) / 2
+        for substrate in GIVEN:
+            per_image[substrate][name] = gain[substrate]
+        both = per_image["both"][name] = (gain["mean"] + gain["blur"]) / 2
         few, few_classes = x[: args.probes], classes[: args.probes]
         own = method(model, engine, given(scene_of(data, few, args.grid)), few_classes, args.masks, 0)
         other = method(stranger, strange_engine, given(scene_of(data, few, args.grid)), few_classes, args.masks, 0)
@@ -354,8 +359,8 @@ def measure(
                 "forwards": forwards(name, scenes[0], args.masks),
                 **{key: round(float(value.mean()), 4) for key, value in mean.items()},
                 **{f"gain {s}": round(float(value.mean()), 4) for s, value in gain.items()},
-                "gain": round(float(per_image[name].mean()), 4),
-                "gain_ci": interval(per_image[name]),
+                "gain": round(float(both.mean()), 4),
+                "gain_ci": interval(both),
                 "faithfulness_correlation": round(float(np.mean([e[0] for e in extras])), 4),
                 "infidelity": round(float(np.mean([e[1] for e in extras])), 4),
                 "sensitivity_max": round(sensitivity(method, setting, few, few_classes, args), 4),
@@ -368,15 +373,21 @@ def measure(
     return rows, per_image
 
 
-def compare(per_image: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Ours minus each other method, paired over images."""
+def compare(gains: dict[str, np.ndarray], substrate: str) -> list[dict[str, Any]]:
+    """Ours minus each other method on one substrate, paired over images.
+
+    Args:
+        gains: Method -> insertion minus deletion of each image.
+        substrate: What is written beside it.
+    """
     rows = []
-    for name, values in per_image.items():
-        if name != "surrogate" and "surrogate" in per_image:
-            gap = per_image["surrogate"] - values
+    for name, values in gains.items():
+        if name != "surrogate" and "surrogate" in gains:
+            gap = gains["surrogate"] - values
             row = {
                 "what": "surrogate minus",
                 "method": name,
+                "substrate": substrate,
                 "n": len(gap),
                 "gain_difference": round(float(gap.mean()), 4),
             }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -33,6 +33,14 @@ def _multiple(named: Any) -> Any:
 
         return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
     return {"tensor-cores": 8, "int8": 16}.get(named, named) if isinstance(named, str) else named
+
+
+Multiple = Annotated[
+    int,
+    BeforeValidator(_multiple),
+    Field(gt=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": ["cpu", "int8", "tensor-cores"]}]}),
+]
 
 
 class Section(BaseModel):
@@ -135,7 +143,7 @@ class PlanSection(Section):
     rank_errors: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.02, 0.05, 0.1, 0.15, 0.2, 0.3], description="shares of a layer's output variance that a low rank may lose"
     )
-    align: Annotated[int, BeforeValidator(_multiple), Field(gt=0)] = Field(
+    align: Multiple = Field(
         1,
         description="channel counts are multiples of this; `cpu`, `int8` and `tensor-cores` stand for the numbers that "
         "suit this CPU's vectors (16 with AVX-512), INT8 kernels (16) and tensor cores (8)",
