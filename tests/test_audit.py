@@ -445,7 +445,8 @@ def test_a_node_that_was_made_louder_shows_in_the_map(teacher: Network, digits: 
     assert not skips
     *inner, output = found.nodes
     assert output.change.low > 0
-    assert all(node.change.low <= 0 <= node.change.high for node in inner)
+    assert all((node.change.low, node.change.value, node.change.high) == (0, 0, 0) for node in inner)  # the same masks
+    assert any(node.again != node.teacher for node in inner)  # other masks
 
 
 def test_samples_keep_the_order_and_the_labels(digits: Data) -> None:

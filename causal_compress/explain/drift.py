@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from causal_compress.explain.paired import mean_interval
 from causal_compress.inputs.data import Features, Split
 from causal_compress.progress import progress
 from causal_compress.recipe import AuditSection, InterveneSection
-from causal_compress.results import AttributionDrift, Effects, Estimate, MapDrift, NodeDrift, NodeEffect, Skip
+from causal_compress.results import AttributionDrift, MapDrift, NodeDrift, Skip
 from causal_compress.shrink.surgery import Student
-from causal_compress.understand.effect import effect_terms
-from causal_compress.understand.intervene import feature_names, intervene, intervene_batch
-from causal_compress.understand.observe import LEAST_ROWS
+from causal_compress.understand.effect import effect_terms, units
+from causal_compress.understand.intervene import feature_names, intervene_batch
 from causal_compress.understand.trace import Network, Region
 
 Numbers = NDArray[np.float64]
@@ -131,16 +130,6 @@ def _spearman(a: Numbers, b: Numbers) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One network's effects at the matching nodes."""
-
-    nodes: tuple[NodeEffect, ...]
-
-    def ace(self) -> Numbers:
-        return np.array([node.ace for node in self.nodes])
-
-
 def map_drift(
     teacher: Network, student: Student, split: Split, features: Features, section: AuditSection, *, seed: int
 ) -> tuple[MapDrift | None, list[Skip]]:
@@ -157,32 +146,69 @@ def map_drift(
     Returns:
         The drift, and the nodes that can't be compared, with reasons.
 
-    Limits: an effect at a node depends on the number of its units, so nodes that lost channels are left out. Intervals
-        of changes are not paired over inputs (both sides have masks of their own): small changes may go unseen.
+    Limits: an effect at a node depends on the number of its units, so nodes that lost channels are left out.
     """
-    if len(split) < LEAST_ROWS:
-        reason = f"{len(split)} inputs; the effects at nodes need at least {LEAST_ROWS}"
-        return None, [Skip(what="causal-map drift", reason=reason)]
+    if not len(split):
+        return None, [Skip(what="causal-map drift", reason="no inputs to measure effects on")]
     compressed = as_network(teacher, student)
-    interventions = InterveneSection(
-        inputs=len(split),
-        baselines=[section.baseline],
-        grid=section.grid,
-        batch_size=max(LEAST_ROWS, section.batch_size),
-    )
     asked: list[tuple[Network, int]] = [(teacher, seed), (teacher, seed + 1), (compressed, seed + 1)]
-    found: list[Effects] = [
-        intervene(network, split, features, interventions, seed=each)
+    first, again, after = (
+        node_effects(network, split, features, section, each)
         for network, each in progress(asked, label="causal effects at nodes", unit="network")
-    ]
+    )
     matching, skips = _matching(teacher, compressed, student.ends)
-    first, again = (_Side(tuple(effects.nodes[end] for _, end in matching)) for effects in found[:2])
-    after = _Side(tuple(found[2].nodes[own] for own, _ in matching))
+    ends, own = [end for _, end in matching], [part for part, _ in matching]
+    first, again, after = first[:, ends], again[:, ends], after[:, own]
     rows = tuple(
-        _node_drift(*nodes, n=found[2].inputs) for nodes in zip(first.nodes, again.nodes, after.nodes, strict=True)
+        NodeDrift(
+            node=teacher.regions[end].info.name,
+            teacher=float(first[:, at].mean()),
+            again=float(again[:, at].mean()),
+            student=float(after[:, at].mean()),
+            change=mean_interval(after[:, at] - again[:, at], section.resamples, seed),
+        )
+        for at, end in enumerate(ends)
     )
     ours, floor = _agreement(first, after), _agreement(first, again)
-    return MapDrift(nodes=rows, inputs=found[2].inputs, student=ours, floor=floor), skips
+    return MapDrift(nodes=rows, inputs=len(first), student=ours, floor=floor), skips
+
+
+def node_effects(
+    network: Network, split: Split, features: Features, section: AuditSection, seed: int
+) -> Float[Numbers, "samples sites"]:
+    """The effect of masked features on each site of each input, mean over two masks.
+
+    Args:
+        network: Traced, in evaluation mode.
+        split: The inputs.
+        features: What can be masked.
+        section: Grid, baseline, batch size.
+        seed: Of the masks; the same seed gives any network the same ones.
+
+    Returns:
+        |delta| * KL of the site's units [nats].
+    """
+    interventions = InterveneSection(baselines=[section.baseline], grid=section.grid)
+    generator = torch.Generator().manual_seed(seed)
+    batches: list[Tensor] = []
+    with torch.inference_mode():
+        for x, _ in split.batches(section.batch_size):
+            plain = _site_units(network, x)
+            versions = [
+                torch.stack([effect_terms(*pair)[0] for pair in zip(plain, _site_units(network, changed), strict=True)])
+                for changed, _, _ in intervene_batch(x, features, interventions, generator)
+            ]
+            batches.append(torch.stack(versions).mean(0).T)
+    found: Numbers = torch.cat(batches).double().numpy()
+    return found
+
+
+def _site_units(network: Network, x: Tensor) -> list[Tensor]:
+    found = []
+    for region in network.regions:
+        x = region.module(x)
+        found.append(units(x))
+    return found
 
 
 def as_network(teacher: Network, student: Student) -> Network:
@@ -220,20 +246,9 @@ def _matching(teacher: Network, student: Network, ends: tuple[int, ...]) -> tupl
     return pairs, skips
 
 
-def _node_drift(first: NodeEffect, again: NodeEffect, after: NodeEffect, *, n: int) -> NodeDrift:
-    change = after.ace - first.ace
-    half = 1.96 * float(np.hypot(after.ace_stderr, first.ace_stderr))
-    return NodeDrift(
-        node=first.site,
-        teacher=first.ace,
-        again=again.ace,
-        student=after.ace,
-        change=Estimate(value=change, low=change - half, high=change + half, n=n),
-    )
-
-
-def _agreement(one: _Side, other: _Side) -> float | None:
-    if len(one.nodes) < FEWEST:
+def _agreement(one: Numbers, other: Numbers) -> float | None:
+    """Rank correlation of two networks' mean effects at the same nodes."""
+    if one.shape[1] < FEWEST:
         return None
-    found = _spearman(one.ace(), other.ace())
+    found = _spearman(one.mean(0), other.mean(0))
     return found if np.isfinite(found) else None

@@ -129,8 +129,8 @@ class AttributionDrift:
 @dataclass(frozen=True, kw_only=True, config=config)
 class NodeDrift:
     """One cut point that both networks have in full width: its average causal effect [nats] in each.
-    `again` is the teacher's with other masks; `change` is student minus teacher with its interval, which takes the two
-    sides as independent although their inputs are the same: too wide rather than too narrow.
+    `again` is the teacher's with other masks, those of the student; `change` is student minus `again`, paired over
+    inputs.
     """
 
     node: str
@@ -143,7 +143,8 @@ class NodeDrift:
 @dataclass(frozen=True, kw_only=True, config=config)
 class MapDrift:
     """The causal map before and after: effects at the nodes that both have, and their rank agreement (Spearman).
-    `floor` is the teacher's agreement with itself under other masks; None where fewer than 3 nodes match.
+    `student` is its agreement with the teacher, `floor` the teacher's with itself, both under other masks; None where
+    fewer than 3 nodes match.
     """
 
     nodes: tuple[NodeDrift, ...]
