@@ -16,7 +16,7 @@ from torch import nn
 from causal_compress.deploy import tensorrt
 from causal_compress.deploy.engines import EngineRuntime, read_engine_info
 from causal_compress.deploy.onnx import export_onnx
-from causal_compress.deploy.precision import linears_as_convolutions, precision_of, to_fp16
+from causal_compress.deploy.precision import linears_as_convolutions, precision_of, products_in_half, to_fp16
 from causal_compress.deploy.runtimes import OnnxRuntime, open_runtime
 from causal_compress.deploy.tensorrt import CAPABILITIES, EngineOptions, build_engine, sidecar
 from causal_compress.errors import ExportError, MissingPackageError, RunFolderError, UsageError
@@ -74,6 +74,14 @@ def small(tmp_path_factory):
     return forms(resnet20(), (3, 32, 32), tmp_path_factory.mktemp("r20"))
 
 
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory):
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)  # torchvision begins with zeros: all answers would be the same
+    return forms(model, (3, 32, 32), tmp_path_factory.mktemp("vit"))
+
+
 def check_engine(onnx_file: Path, precision: str, capability: str, folder: Path) -> None:
     engine = folder / f"{precision}.{capability}.engine"
     info = build_engine(onnx_file, engine, EngineOptions(capability=capability, batches=(1, 4, 16)))
@@ -98,7 +106,6 @@ LARGE = {
     "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(weights=None, num_classes=10),
     "vit_b_16": lambda: torchvision.models.vit_b_16(weights=None, num_classes=10),
 }
-TURING_CANT = {("vit_b_16", "fp32"), ("vit_b_16", "int8")}  # products of two activations in FP32
 
 
 @rtx
@@ -110,11 +117,7 @@ def test_large_networks_are_built_for_every_generation(name, tmp_path):
     files = forms(LARGE[name](), (3, 224, 224), tmp_path)
     for precision in PRECISIONS:
         for capability in CAPABILITIES:
-            if capability == "SM75" and (name, precision) in TURING_CANT:
-                with pytest.raises(ExportError, match="FP32 GEMM is not supported"):
-                    check_engine(files[precision], precision, capability, tmp_path)
-            else:
-                check_engine(files[precision], precision, capability, tmp_path)
+            check_engine(files[precision], precision, capability, tmp_path)
 
 
 @rtx
@@ -122,6 +125,15 @@ def test_turing_gets_its_linear_layer_as_a_convolution(small, tmp_path):
     info = build_engine(small["fp32"], tmp_path / "e", EngineOptions(capability="SM75"))
     assert "1 linear layer(s) built as 1x1 convolutions" in info.notes[0]
     assert build_engine(small["fp32"], tmp_path / "f", EngineOptions(capability="SM89")).notes == ()
+
+
+@rtx
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_turing_gets_attention_in_16_bits(attention, precision, tmp_path):
+    info = build_engine(attention[precision], tmp_path / "e", EngineOptions(capability="SM75"))
+    assert info.precision == precision
+    assert "matrix product(s) computed in FP16: SM75 has no FP32 matrix product" in info.notes[-1]
+    assert build_engine(attention[precision], tmp_path / "f", EngineOptions(capability="SM80")).notes == ()
 
 
 @rtx
@@ -287,3 +299,15 @@ def test_quantized_linears_stay_quantized_as_convolutions(small, tmp_path):
     np.testing.assert_allclose(
         OnnxRuntime.load(tmp_path / "c.onnx").run(x), OnnxRuntime.load(small["int8"]).run(x), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_products_in_16_bits_change_answers_little(attention, precision, tmp_path):
+    content = attention[precision].read_bytes()
+    changed, count = products_in_half(content)
+    assert count == sum(node.op_type in ("MatMul", "Gemm") for node in onnx.load_model_from_string(content).graph.node)
+    (tmp_path / "h.onnx").write_bytes(changed)
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).numpy()
+    half, whole = (OnnxRuntime.load(path).run(x) for path in (tmp_path / "h.onnx", attention[precision]))
+    assert 0 < np.abs(half - whole).max() < 0.01 * np.abs(whole).max()
+    assert precision_of(changed) == precision

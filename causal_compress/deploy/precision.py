@@ -1,4 +1,4 @@
-"""Forms of an ONNX file: what precision it has, its FP16 form, and a form that Turing GPUs can build in FP32."""
+"""Forms of an ONNX file: what precision it has, its FP16 form, and forms that Turing GPUs can build."""
 
 from __future__ import annotations
 
@@ -67,8 +67,6 @@ def linears_as_convolutions(content: bytes) -> tuple[bytes, int]:
 
     Limits: only y = x W + b (alpha = beta = 1) on N x features; products of two activations stay.
     """
-    import onnx
-
     model = parse_onnx(content)
     weights = {weight.name: weight for weight in model.graph.initializer}
     scaled = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
@@ -82,12 +80,51 @@ def linears_as_convolutions(content: bytes) -> tuple[bytes, int]:
             count += 1
         else:
             nodes.append(node)
+    return _with_nodes(model, nodes), count
+
+
+def products_in_half(content: bytes) -> tuple[bytes, int]:
+    """The model with its matrix products in 16 bits between casts, those of dequantized values too.
+
+    Args:
+        content: An ONNX model, FP32 or INT8.
+
+    Returns:
+        The model, and how many were changed.
+
+    Limits: values beyond what 16 bits hold (65,504) turn infinite; the parity of the engine would show it.
+    """
+    from onnx import TensorProto, helper
+
+    model = parse_onnx(content)
+    nodes: list[Any] = []
+    count = 0
+    for node in model.graph.node:
+        if node.op_type not in ("MatMul", "Gemm"):
+            nodes.append(node)
+            continue
+        count += 1
+        name, (result,) = node.name or node.output[0], node.output
+        halves = [f"{name}_half_{index}" for index in range(len(node.input))]
+        for value, half in zip(node.input, halves, strict=True):
+            nodes.append(helper.make_node("Cast", [value], [half], name=f"{half}_cast", to=TensorProto.FLOAT16))
+        del node.input[:]
+        node.input.extend(halves)
+        node.output[0] = f"{name}_half"
+        back = helper.make_node("Cast", [f"{name}_half"], [result], name=f"{name}_back", to=TensorProto.FLOAT)
+        nodes += [node, back]
+    return _with_nodes(model, nodes), count
+
+
+def _with_nodes(model: Any, nodes: list[Any]) -> bytes:
+    import onnx
+
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    del model.graph.value_info[:]
+    del model.graph.value_info[:]  # shapes and types of before
     onnx.checker.check_model(model)
     changed: bytes = model.SerializeToString(deterministic=True)
-    return changed, count
+    return changed
 
 
 def parse_onnx(content: bytes) -> Any:

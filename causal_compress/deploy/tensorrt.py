@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from causal_compress.deploy.absent import no_gpu, not_installed
-from causal_compress.deploy.precision import Precision, linears_as_convolutions, parse_onnx, precision_of
+from causal_compress.deploy.precision import (
+    Precision,
+    linears_as_convolutions,
+    parse_onnx,
+    precision_of,
+    products_in_half,
+)
 from causal_compress.errors import ExportError, MissingPackageError, RunFolderError, UsageError
 from causal_compress.files import atomic_write_bytes, atomic_write_text, sha256_of_file
 from causal_compress.results import EngineInfo
@@ -188,12 +194,17 @@ def _named(trt: Any) -> bool:
 def _for_generation(
     content: bytes, precision: Precision, runtime: TensorRTName, generation: str
 ) -> tuple[bytes, tuple[str, ...]]:
-    """Turing has no FP32 matrix product in TensorRT-RTX, but FP32 convolutions."""
+    """Turing has no FP32 matrix product in TensorRT-RTX, but FP32 convolutions and FP16 products."""
     if runtime != "tensorrt-rtx" or generation != "SM75" or precision == "fp16":
         return content, ()
-    content, count = linears_as_convolutions(content)
-    note = f"{count} linear layer(s) built as 1x1 convolutions: SM75 has no FP32 matrix product in TensorRT-RTX"
-    return content, (note,) if count else ()
+    content, linears = linears_as_convolutions(content)
+    content, products = products_in_half(content)
+    reason = "SM75 has no FP32 matrix product in TensorRT-RTX"
+    notes = (
+        (linears, f"{linears} linear layer(s) built as 1x1 convolutions: {reason}"),
+        (products, f"{products} matrix product(s) computed in FP16: {reason}"),
+    )
+    return content, tuple(note for count, note in notes if count)
 
 
 def _build(trt: Any, content: bytes, options: EngineOptions, name: str) -> tuple[bytes, tuple[int, ...]]:

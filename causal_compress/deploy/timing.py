@@ -125,11 +125,16 @@ def compare_latencies(
     ratios = np.quantile(reference_ms[drawn], _UNDISTURBED, axis=1) / np.quantile(other_ms[drawn], _UNDISTURBED, axis=1)
     low, high = np.percentile(ratios, (2.5, 97.5))
     return Ratio(
-        value=float(np.quantile(reference_ms, _UNDISTURBED) / np.quantile(other_ms, _UNDISTURBED)),
+        value=undisturbed(reference_ms) / undisturbed(other_ms),
         low=float(low),
         high=float(high),
         rounds=int(reference_ms.size),
     )
+
+
+def undisturbed(taken_ms: NDArray[np.float64]) -> float:
+    """The 10th percentile of latencies [ms]: calls that nothing interrupted."""
+    return float(np.quantile(taken_ms, _UNDISTURBED))
 
 
 def percentiles(
