@@ -228,7 +228,7 @@ def _onnx(source: Source, what: tuple[Role, Precision], folder: Path, *, on_gpu:
             f"the run has no {plain.name}",
             found=f"no such file in {source.folder}",
             wanted="a run whose recipe quantizes",
-            remedy="add a quantize section to the recipe (--set quantize={}) and run compress on this folder again",
+            remedy=f"run compress with a quantize section (--set quantize={{}}), another --out and --reuse {source.folder}",
         )
     shutil.copyfile(plain, folder / plain.name)
     return folder / plain.name
