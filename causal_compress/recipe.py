@@ -188,6 +188,9 @@ class DistillSection(Section):
         0.02, description="peak; low, because the closed forms have brought the student near already"
     )
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        5.0, description="longer gradients are shortened to this norm; networks without batch norm need it; null: never"
+    )
     temperature: Annotated[float, Field(gt=0)] = 4.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="share of the label loss; the rest is KD"

@@ -228,7 +228,7 @@ def _onnx(source: Source, what: tuple[Role, Precision], folder: Path, *, on_gpu:
             f"the run has no {plain.name}",
             found=f"no such file in {source.folder}",
             wanted="a run whose recipe quantizes",
-            remedy=f"run compress with a quantize section (--set quantize={{}}), another --out and --reuse {source.folder}",
+            remedy=f"run compress with a quantize section (--set quantize={{}}), a new --out, --reuse {source.folder}",
         )
     shutil.copyfile(plain, folder / plain.name)
     return folder / plain.name

@@ -21,7 +21,7 @@ from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
 from causal_compress.recover.compiling import compiled, is_compiled
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
-from causal_compress.recover.training import Course, Learner, count_correct, place_network, prepare, train_epoch
+from causal_compress.recover.training import Course, Learner, place_network, prepare, train_epoch, watch
 from causal_compress.results import Distilled, Epoch
 from causal_compress.understand.statistics import wilson
 
@@ -59,7 +59,8 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
 
     Raises:
         DataError: fewer than two training inputs per process and batch.
-        NumericalError: a loss or gradient is NaN or infinite; the step is not taken.
+        NumericalError: a loss or gradient is NaN or infinite (the step is not taken), or the student has come to answer
+            all inputs alike.
         RunFolderError: progress_dir can't be written, or what it holds is damaged.
         TraceError: boundaries that are absent or that differ in shape.
 
@@ -180,12 +181,12 @@ def _tell(course: Course, epoch: Epoch) -> None:
 
 
 def _summary(course: Course, trained: nn.Module, history: Sequence[Epoch]) -> Distilled:
-    correct, n = count_correct(course, copy.deepcopy(trained).to(course.device), None)
+    seen = watch(course, copy.deepcopy(trained).to(course.device), None)
     images = len(history) * course.steps_per_epoch * min(course.section.batch_size, len(course.data.train))
     seconds = sum(epoch.seconds for epoch in history)
     return Distilled(
         epochs=tuple(history),
-        validation=wilson(correct, n),
+        validation=wilson(seen.correct, seen.n),
         images_per_second=images / seconds if seconds > 0 else 0.0,
         precision="bf16" if course.bf16 else "fp32",
         averaged=course.section.ema > 0 and bool(history),
