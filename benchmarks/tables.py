@@ -3,8 +3,10 @@
     python benchmarks/tables.py            # writes
     python benchmarks/tables.py --check    # says what would change; exit code 1 if anything would
 
-A block stands between `<!-- table:NAME -->` and `<!-- /table -->`, or `<!-- tree -->` and `<!-- /tree -->`. A table
-whose results are not there yet is left empty, so that no document shows a number that nobody measured.
+A block stands between `<!-- table:NAME [COLUMN | COLUMN=VALUE]... -->` and `<!-- /table -->`, or `<!-- tree -->` and
+`<!-- /tree -->`. Named columns are shown in that order, all of them where none is named; COLUMN=VALUE shows only the
+rows where it holds. A table whose results are not there yet is left empty, so that no document shows a number that
+nobody measured.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "causal_compress"
 
-_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: \w+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: [\w=.-]+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
 _READING_ORDER = (
     "results",
@@ -84,13 +86,17 @@ def table(path: Path, columns: Sequence[str] = ()) -> str:
 
     Args:
         path: NAME.json.
-        columns: Which keys are shown, in this order; none: all.
+        columns: Which keys are shown, in this order; none: all. KEY=VALUE: only rows where it holds.
     """
     if not path.is_file():
         return ""
     content = json.loads(path.read_text(encoding="utf-8"))
+    asked = dict(column.split("=", 1) for column in columns if "=" in column)
+    columns = [column for column in columns if "=" not in column]
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in content["rows"]:
+        if any(str(row.get(key)) != value for key, value in asked.items()):
+            continue
         row = {key: row.get(key) for key in columns} if columns else row
         kinds.setdefault(tuple(row), []).append(row)
     parts = [_rows(titles, rows) for titles, rows in kinds.items()]
