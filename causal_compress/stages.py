@@ -6,7 +6,6 @@ that was killed goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -100,9 +99,13 @@ class Understood:
 
 @contextmanager
 def numerics(recipe: Recipe) -> Iterator[None]:
-    """Threads and seed for the time of a run."""
+    """Threads and seed for the time of a run.
+
+    Where the recipe names no number of threads, PyTorch's own stays: it heeds OMP_NUM_THREADS and the cores that this
+    process may use. Two threads on one core spin against each other, ten times slower than one.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    torch.set_num_threads(recipe.threads or before)
     torch.manual_seed(recipe.seed)
     try:
         yield

@@ -263,3 +263,16 @@ def test_int8_and_the_harm_audit_are_stages_where_asked_for(weights: Path, tmp_p
     assert told["quantized"]["chosen"] == chosen
     assert told["audit"]["n"] == 100
     assert (tmp_path / "run" / "model.int8.onnx").stat().st_size < (tmp_path / "run" / "model.onnx").stat().st_size
+
+
+def test_threads_are_those_of_the_recipe_else_pytorchs_own(weights: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as OMP_NUM_THREADS, or a process that may use one core, would have it
+        with stages.numerics(digits_recipe(weights).model_copy(update={"threads": None})):
+            assert torch.get_num_threads() == 1
+        with stages.numerics(digits_recipe(weights).model_copy(update={"threads": 2})):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
