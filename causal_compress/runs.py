@@ -313,13 +313,12 @@ def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Prove
 def _other_recipe(folder: Path, recipe: Recipe) -> RunFolderError:
     import yaml
 
-    there: dict[str, Any] = {}
+    there: Any = None
     with suppress(OSError, yaml.YAMLError):
-        there = _flat(yaml.safe_load((folder / _RECIPE).read_text(encoding="utf-8")))
-    here = _flat(yaml.safe_load(recipe_yaml(recipe)))
-    keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key)) if there else []
-    shown = [f"{key} is {there.get(key)!r} there, {here.get(key)!r} now" for key in keys[:12]]
-    more = [f"and {len(keys) - 12} more"] if len(keys) > 12 else []
+        there = yaml.safe_load((folder / _RECIPE).read_text(encoding="utf-8"))
+    here = yaml.safe_load(recipe_yaml(recipe))
+    told = list(_differences(there, here)) if isinstance(there, dict) else []
+    shown, more = told[:12], [f"and {len(told) - 12} more"] if len(told) > 12 else []
     return RunFolderError(
         f"{folder} belongs to a run of another recipe",
         found="; ".join([*shown, *more]) or "another fingerprint in run.json",
@@ -328,13 +327,18 @@ def _other_recipe(folder: Path, recipe: Recipe) -> RunFolderError:
     )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Where two recipes differ; a section that only one of them has is one difference."""
+    for key in sorted({*there, *here}):
+        old, new, name = there.get(key), here.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{name}.")
+        elif old != new:
+            yield f"{name} is {_said(old)} there, {_said(new)} now"
+
+
+def _said(value: Any) -> str:
+    return "given" if isinstance(value, dict) and value else repr(value)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -293,7 +293,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     other = Recipe.model_validate({"plan": {"align": 16}, "distill": None})
     with pytest.raises(RunFolderError, match="another recipe") as refusal, opened(tmp_path, other):
         pytest.fail("a folder of another recipe was opened")
-    assert "plan.align is 1 there, 16 now" in str(refusal.value)
+    assert "found: distill is given there, None now; plan.align is 1 there, 16 now\n" in str(refusal.value)
     assert "distill" in str(refusal.value)
     assert "--reuse" in str(refusal.value)
     assert snapshot(tmp_path) == before
