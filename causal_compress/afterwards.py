@@ -279,7 +279,7 @@ def _same_as_in_run(what: str, now: str, then: str | None, run_dir: Path) -> Non
 
 
 def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None = None) -> Audit:
-    """Audit a finished run's student against its teacher, and write `audit_file` into the run folder.
+    """Audit a finished run's student against its teacher; write `audit_file` into its folder, tell it in the report.
 
     Args:
         run_dir: A finished run.
@@ -296,6 +296,7 @@ def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None
     with numerics(recipe):
         found = audit(finished.network, finished.student, finished.data, section, seed=recipe.seed, apart=stranger)
     _write(audit_file(run_dir), found)
+    _tell(run_dir, audit=found)
     return found
 
 
@@ -328,11 +329,16 @@ def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = No
         )
         found = bisect(with_inputs(case, inputs), ledger, top=top, distilled=recipe.distill is not None)
     _write(run_dir / "bisect.json", found)
+    _tell(run_dir, bisection=found)
+    return found
+
+
+def _tell(run_dir: Path, **found: Audit | Bisection) -> None:
+    """Put what was found after the run into its report, where it has one."""
     if (run_dir / "report.json").exists():
         context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
-        atomic_write_text(run_dir / "report.json", report_json(replace(context, bisection=found)))
+        atomic_write_text(run_dir / "report.json", report_json(replace(context, **found)))  # type: ignore[arg-type]
         rebuild_report(run_dir)
-    return found
 
 
 def _write(path: Path, value: Any) -> None:

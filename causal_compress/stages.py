@@ -24,7 +24,7 @@ from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown, 
 from causal_compress.errors import UsageError
 from causal_compress.explain.audit import audit
 from causal_compress.explain.examples import Examples, find_disagreements
-from causal_compress.explain.report import ReportInput, bisected, build_report, report_json
+from causal_compress.explain.report import ReportInput, audited_later, bisected, build_report, report_json
 from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model, checkpoint_sha256
@@ -388,7 +388,7 @@ def report(run: Run, recipe: Recipe, known: Understood, told: Told) -> None:
         pareto=stored(run, "search", Pareto),
         latency=stored(run, "latency", LatencyTable),
         quantized=quantized,
-        audit=audited,
+        audit=audited_later(run.folder) or audited,
         bisection=bisected(run.folder),
     )
     run.write_text("report.json", report_json(context))

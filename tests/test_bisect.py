@@ -267,6 +267,7 @@ def test_audit_and_bisect_of_a_finished_run(weights: Path, tmp_path: Path, capsy
     audit = json.loads((run / "audit-later.json").read_text())
     assert (audit["n"], audit["split"], audit["corruptions"][0]["compared"]["teacher"]["n"]) == (120, "validation", 40)
     assert audit["attribution"]["apart"]["value"] == pytest.approx(audit["attribution"]["floor"]["value"])
+    assert json.loads((run / "report.json").read_text())["audit"]["n"] == 120, "the later one is told"
     prune = json.loads((run / "prune.json").read_text())
     assert main(["bisect", str(run), "--top", "1", "--json", "-q"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -279,6 +280,7 @@ def test_audit_and_bisect_of_a_finished_run(weights: Path, tmp_path: Path, capsy
     assert "Every change undone alone" in (run / "report.html").read_text()
     compress(recipe, run)  # nothing to do, but the report is written again
     assert "Every change undone alone" in (run / "report.html").read_text()
+    assert json.loads((run / "report.json").read_text())["audit"]["n"] == 120
     torch.manual_seed(5)
     model = build_model(recipe.model.model_copy(update={"weights": None}))
     torch.save(model.state_dict(), tmp_path / "other.pt")

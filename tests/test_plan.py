@@ -228,7 +228,7 @@ def is_whole(row: Candidate) -> bool:
 
 @given(small_sets())
 def test_the_front_falls_from_the_smallest_plan_to_the_teacher(known: Candidates) -> None:
-    points = front(known, price(known), BY_MACS)
+    points = front(known, price(known))
     assert all(a.macs < b.macs and a.harm_kl > b.harm_kl for a, b in itertools.pairwise(points))
     least = min(cost[0] for cost, _ in all_plans(known))
     assert points[0].macs == pytest.approx(least / known.macs, abs=1e-9)
@@ -254,7 +254,7 @@ def test_many_candidates_still_give_the_exact_ends_of_the_front() -> None:
     for index in range(6):
         rows += [candidate(index, index, macs=(3 + 1.37 * k + index / 7, 0), harm=1 / (k + 1.1)) for k in range(12)]
     known = candidates(rows, 6)
-    points = front(known, price(known), BY_MACS)
+    points = front(known, price(known))
     assert points[0].macs == pytest.approx(sum(3 + index / 7 for index in range(6)) / known.macs)
     assert points[-1].macs == pytest.approx(1.0)
     assert points[-1].harm_kl == 0.0

@@ -167,6 +167,12 @@ def bisected(folder: Path) -> Bisection | None:
     return TypeAdapter(Bisection).validate_json(path.read_bytes()) if path.exists() else None
 
 
+def audited_later(folder: Path) -> Audit | None:
+    """The last audit of a run that was asked for after it (`afterwards.audit_file`), if any was."""
+    paths = [path for name in ("audit-later.json", "audit.json") if (path := folder / name).exists()]
+    return TypeAdapter(Audit).validate_json(paths[0].read_bytes()) if paths else None
+
+
 def read_report_json(text: str) -> ReportInput:
     """The results back from `report_json`, of this schema or an older one.
 

@@ -105,7 +105,7 @@ def make_plan(
         params=sum(d.params_after for d in decisions) / candidates.params,
         latency=None if latency is None else float(shares[KINDS.index("latency")]),
         predicted_harm_kl=sum(d.predicted_harm_kl for d in decisions),
-        front=front(candidates, prices, mixtures[0]),
+        front=front(candidates, prices),
         skipped=(
             *candidates.skipped,
             *(Skip(what=name, reason="left whole, as plan.undo asks") for name in section.undo),
@@ -116,7 +116,7 @@ def make_plan(
 def least_macs(candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]) -> float:
     """The smallest share of the teacher's MACs that any plan can reach."""
     rows, prices = allowed(candidates, price(candidates), section, whole_regions(section.undo, regions))
-    return front(rows, prices, _mixtures(["macs"])[0])[0].macs
+    return front(rows, prices)[0].macs
 
 
 def limits_of(budget: BudgetSection) -> dict[Kind, float]:
@@ -212,9 +212,9 @@ def best_path(candidates: Candidates, prices: Prices, mixture: Costs, limits: Ma
     return _walk_back(states, points, index)
 
 
-def front(candidates: Candidates, prices: Prices, mixture: Costs) -> tuple[FrontPoint, ...]:
-    """The predicted Pareto front, from the smallest plan to the teacher itself."""
-    states, points = _sweep(candidates, prices, mixture)
+def front(candidates: Candidates, prices: Prices) -> tuple[FrontPoint, ...]:
+    """The predicted Pareto front over MACs, whatever the budget is on: from the smallest plan to the teacher itself."""
+    states, points = _sweep(candidates, prices, _mixtures(["macs"])[0])
     final = points[len(states) - 1]
     chosen = np.unique(np.linspace(0, len(final.harm) - 1, _FRONT_POINTS).astype(int))
     return tuple(
