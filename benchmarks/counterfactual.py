@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from causal_compress.counterfactual.constraints import violations
 from causal_compress.counterfactual.controls import adversarial, gradient_search, nearest_unlike
 from causal_compress.counterfactual.explainer import Explainer, find, train_counterfactuals
-from causal_compress.counterfactual.folder import save_explainer
+from causal_compress.counterfactual.folder import DESCRIPTION, load_explainer, save_explainer
 from causal_compress.counterfactual.metrics import (
     answers,
     distances,
@@ -53,7 +53,8 @@ from causal_compress.understand.trace import trace
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "counterfactual.json"
-REAL, HELD, INPUTS, EPOCHS, CODER_STEPS = 20_000, 3000, 2000, 3, 1500
+REAL, HELD, EPOCHS, CODER_STEPS = 20_000, 3000, 3, 1500
+INPUTS = {"mnist": 2000, "nsl-kdd": 2000, "cifar10": 250}  # controls by gradients through a ResNet are slow
 SECTIONS = {
     "mnist": CounterfactualSection(),
     "nsl-kdd": CounterfactualSection(steps=3000, immutable=["column_1"], rises=["column_0"], width=16),
@@ -122,9 +123,13 @@ def prepare(name: str, parts: tuple[Data, nn.Module, nn.Module], given: argparse
     """Train the GAN and the autoencoders."""
     data, network, oracle = parts
     section = SECTIONS[name].model_copy(update={"steps": given.steps} if given.steps else {})
-    explainer = train_counterfactuals(trace(network, data.example_input), data, section, seed=given.seed)
-    if given.keep:
-        save_explainer(explainer, given.keep / name)
+    traced = trace(network, data.example_input)
+    if given.keep and (given.keep / name / DESCRIPTION).exists():
+        explainer = load_explainer(given.keep / name, traced)
+    else:
+        explainer = train_counterfactuals(traced, data, section, seed=given.seed)
+        if given.keep:
+            save_explainer(explainer, given.keep / name)
     real = data.train.take(range(min(REAL, len(data.train))))
     coders = autoencoders(*real, len(data.classes), steps=given.coder_steps, seed=given.seed)
     print(name, explainer.trained.checks[-1], explainer.trained.warnings, f"{explainer.trained.seconds} s", flush=True)
@@ -152,7 +157,7 @@ def methods(case: Case) -> dict[str, Make]:
 def rows(case: Case, given: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each method."""
     order = np.random.default_rng(given.seed).permutation(len(case.data.test))  # a test part may stand class by class
-    x, label = case.data.test.take(order[: given.inputs])
+    x, label = case.data.test.take(order[: given.inputs or INPUTS[case.name]])
     original = answers(case.network, x).argmax(1)
     target = other_classes(original, len(case.data.classes), torch.Generator().manual_seed(given.seed))
     held = case.data.test.take(order[-HELD:])
@@ -269,12 +274,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resnet20", type=Path, help="checkpoint of the network explained, for --cifar")
     parser.add_argument("--oracle", type=Path, help="checkpoint of a ResNet-56, for --cifar")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", type=int, default=INPUTS, help="test inputs")
+    parser.add_argument("--inputs", type=int, help="test inputs; default: 2,000, and 250 with --cifar")
     parser.add_argument("--steps", type=int, help="training steps of the GAN; default: those of the section")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the networks of MNIST")
     parser.add_argument("--coder-steps", type=int, default=CODER_STEPS, help="training steps of each autoencoder")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep", type=Path, help="write the trained generators into this folder")
+    parser.add_argument("--keep", type=Path, help="folder of trained generators: read from it, or written into it")
     parser.add_argument("--gallery", type=Path, help="folder of the pictures; default: docs, or that of --out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -293,7 +298,8 @@ def is_quick(given: argparse.Namespace) -> bool:
     asked = {"mnist": given.mnist, "nsl-kdd": given.nsl_kdd, "cifar10": given.cifar}
     steps = max(SECTIONS[name].steps for name, source in asked.items() if source)
     few = given.steps is not None and given.steps < steps
-    return few or given.inputs < INPUTS or given.epochs < EPOCHS or given.coder_steps < CODER_STEPS
+    few |= given.inputs is not None and any(given.inputs < INPUTS[name] for name, source in asked.items() if source)
+    return few or given.epochs < EPOCHS or given.coder_steps < CODER_STEPS
 
 
 def main() -> None:
