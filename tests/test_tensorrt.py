@@ -310,5 +310,5 @@ def test_products_in_16_bits_change_answers_little(attention, precision, tmp_pat
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).numpy()
     half, whole = (OnnxRuntime.load(path).run(x) for path in (tmp_path / "h.onnx", attention[precision]))
     assert np.abs(half - whole).max() < 0.01 * np.abs(whole).max()
-    assert (half != whole).any() == (precision == "fp32")  # 16 bits hold quantized values exactly
+    assert precision == "int8" or (half != whole).any()  # 16 bits may hold quantized values exactly
     assert precision_of(changed) == precision
