@@ -38,7 +38,7 @@ from causal_compress.provenance import machine
 from causal_compress.recipe import Recipe
 from causal_compress.results import Candidates, Exported, Log, Plan, Skip, TeacherScore
 from causal_compress.runs import read_result
-from causal_compress.shrink.plan import KINDS, front, price
+from causal_compress.shrink.plan import front, price
 from causal_compress.shrink.prune import reestimate_batch_norms
 from causal_compress.shrink.surgery import replay
 from causal_compress.understand.trace import Network, trace
@@ -126,7 +126,7 @@ def run_one(name: str, size: int, arguments: dict[str, Any], scratch: Path) -> d
     write_weights(recipe_for(name, arguments, scratch, 1.0), scratch / "weights.pt")
     analyze(recipe_for(name, arguments, scratch, 1.0), scratch / "analysis", force=True)
     known = read_result(scratch / "analysis", "candidates", Candidates)
-    least = front(known, price(known), np.eye(len(KINDS))[0])[0].macs
+    least = front(known, price(known))[0].macs
     recipe = recipe_for(name, arguments, scratch, min(1.0, max(WANTED_MACS, 1.001 * least)))
     compress(recipe, scratch / "run", reuse=scratch / "analysis", force=True)
     return {
