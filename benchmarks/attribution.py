@@ -324,8 +324,7 @@ def measure(
         areas: list[dict[str, Tensor]] = []
         extras, seconds = [], 0.0
         for seed in seeds:
-            start = time.perf_counter()
-            chunks = range(0, len(x), 50)
+            start, chunks = time.perf_counter(), range(0, len(x), 50)
             scenes = [scene_of(data, x[at : at + 50], args.grid) for at in chunks]
             scores = [
                 method(model, engine, given(scene), classes[at : at + 50], args.masks, seed)

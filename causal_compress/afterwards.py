@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files
 from causal_compress.deploy.versus import Evidence, measure_targets
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.audit import audit
-from causal_compress.explain.report import build_report, read_report_json, report_json
+from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
 from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
@@ -296,7 +296,7 @@ def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None
     with numerics(recipe):
         found = audit(finished.network, finished.student, finished.data, section, seed=recipe.seed, apart=stranger)
     _write(audit_file(run_dir), found)
-    _tell(run_dir, audit=found)
+    _tell(run_dir, lambda context: replace(context, audit=found))
     return found
 
 
@@ -329,15 +329,15 @@ def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = No
         )
         found = bisect(with_inputs(case, inputs), ledger, top=top, distilled=recipe.distill is not None)
     _write(run_dir / "bisect.json", found)
-    _tell(run_dir, bisection=found)
+    _tell(run_dir, lambda context: replace(context, bisection=found))
     return found
 
 
-def _tell(run_dir: Path, **found: Audit | Bisection) -> None:
+def _tell(run_dir: Path, extend: Callable[[ReportInput], ReportInput]) -> None:
     """Put what was found after the run into its report, where it has one."""
     if (run_dir / "report.json").exists():
         context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
-        atomic_write_text(run_dir / "report.json", report_json(replace(context, **found)))  # type: ignore[arg-type]
+        atomic_write_text(run_dir / "report.json", report_json(extend(context)))
         rebuild_report(run_dir)
 
 

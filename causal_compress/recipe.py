@@ -391,9 +391,7 @@ class Recipe(Section):
     search: SearchSection = SearchSection()
     seed: NonNegative = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    threads: Positive | None = Field(
-        None, description="CPU threads for the compression itself; null: one per core that it may use"
-    )
+    threads: Positive | None = Field(None, description="CPU threads for the compression; null: one per core it may use")
     counterfactual: CounterfactualSection | None = None
     audit: AuditSection | None = Field(None, description="null: audited only by the command `audit`")
     explain: ExplainSection = ExplainSection()

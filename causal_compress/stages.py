@@ -101,8 +101,7 @@ class Understood:
 def numerics(recipe: Recipe) -> Iterator[None]:
     """Threads and seed for the time of a run.
 
-    Where the recipe names no number of threads, PyTorch's own stays: it heeds OMP_NUM_THREADS and the cores that this
-    process may use. Two threads on one core spin against each other, ten times slower than one.
+    Without a number in the recipe PyTorch's own stays: it heeds OMP_NUM_THREADS and the cores that the process may use.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.threads or before)
