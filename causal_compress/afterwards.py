@@ -48,6 +48,8 @@ from causal_compress.shrink.bisect import Case, bisect, with_inputs
 from causal_compress.shrink.surgery import Student
 from causal_compress.shrink.surgery import replay as replay_surgery
 from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of
+from causal_compress.understand.algebra import folded
+from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import Network, trace
 
 
@@ -258,14 +260,15 @@ def reopen(run_dir: Path) -> Finished:
     exported = read_result(run_dir, "export", Exported)
     recipe = load_recipe(run_dir / "recipe.resolved.yaml")
     data = _data_of(run_dir, recipe)
-    network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
+    network = open_network(recipe, data)
     with torch.no_grad():
         recorded = load(run_dir / exported.teacher_pt2)(data.example_input)
-        now = network.graph(data.example_input)
+        now = network.teacher(data.example_input)
     same = recorded.shape == now.shape and bool(torch.allclose(recorded, now, rtol=1e-3, atol=1e-3))
     _same_as_in_run("teacher", "its outputs", "its outputs" if same else "other outputs", run_dir)
-    student = replay_surgery(network, read_surgery(run_dir), load_file(run_dir / WEIGHTS))
-    return Finished(recipe, data, network, student)
+    surgery = read_surgery(run_dir)
+    network = folded(network, surgery.folds)
+    return Finished(recipe, data, network, replay_surgery(network, surgery, load_file(run_dir / WEIGHTS)))
 
 
 def _same_as_in_run(what: str, now: str, then: str | None, run_dir: Path) -> None:

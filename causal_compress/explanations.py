@@ -19,13 +19,14 @@ from causal_compress.explain.page import Pictures, explanation_page, pictures_of
 from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Data, Split, load_data
 from causal_compress.inputs.images import ImageArray, ImageRows, image_array
-from causal_compress.inputs.models import build_model
 from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
 from causal_compress.results import Explanation, Exported, Groups, Surgery
 from causal_compress.runs import read_result
 from causal_compress.shrink.surgery import replay
 from causal_compress.stages import SURGERY, WEIGHTS, numerics
+from causal_compress.understand.algebra import folded
+from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import trace
 
 
@@ -80,11 +81,12 @@ def explain_run_or_checkpoint(
 
 
 def _subjects(folder: Path | None, recipe: Recipe, data: Data) -> tuple[Subject, ...]:
-    network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
+    network = open_network(recipe, data)
     if folder is None:
         nodes = find_nodes(network, data, recipe.intervene, recipe.group, recipe.seed)
         return (Subject("network", network, nodes),)
     surgery = _surgery(folder)
+    network = folded(network, surgery.folds)
     student = replay(network, surgery, load_file(folder / WEIGHTS))
     smaller = trace(student.graph, data.example_input)
     nodes = find_nodes(smaller, data, recipe.intervene, recipe.group, recipe.seed)

@@ -88,7 +88,7 @@ def attempt(folder: Path, recipe: Recipe, share: float) -> SearchPoint:
 
 def validation_drop(known: Understood, student: Student) -> tuple[float, tuple[float, float], int]:
     """Drop of accuracy on the validation split [pp], its 95 % interval, and the number of inputs."""
-    models = TorchRuntime(known.network.graph), TorchRuntime(student.graph)
+    models = TorchRuntime(known.network.teacher), TorchRuntime(student.graph)
     pair = Pair(runtime="torch", threads=torch.get_num_threads(), teacher=models[0], student=models[1])
     agreement = count_agreement(pair, known.data.validation)
     drop, interval = paired_drop(agreement.teacher_only, agreement.student_only, agreement.n)

@@ -27,7 +27,7 @@ from causal_compress.explain.examples import Examples, find_disagreements
 from causal_compress.explain.report import ReportInput, audited_later, bisected, build_report, report_json
 from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, load_data
-from causal_compress.inputs.models import build_model, checkpoint_sha256
+from causal_compress.inputs.models import checkpoint_sha256
 from causal_compress.provenance import place
 from causal_compress.recipe import Recipe
 from causal_compress.recover.distill import distill, resolve_device
@@ -64,6 +64,7 @@ from causal_compress.shrink.undo import whole_regions
 from causal_compress.understand.cost import count_macs, count_params
 from causal_compress.understand.group import group
 from causal_compress.understand.intervene import intervene
+from causal_compress.understand.network import open_network
 from causal_compress.understand.teacher import (
     accuracy,
     refuse_near_chance,
@@ -71,7 +72,7 @@ from causal_compress.understand.teacher import (
     structure_sha256,
     weights_sha256,
 )
-from causal_compress.understand.trace import Network, trace
+from causal_compress.understand.trace import Network
 
 WEIGHTS = "student.safetensors"
 SURGERY = "surgery.json"
@@ -127,7 +128,7 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
             "nothing to compress", found="no model.arch or no data.source", remedy="give --arch and --data"
         )
     data = load_data(recipe.data, seed=recipe.seed)
-    network = trace(build_model(recipe.model, classes=len(data.classes)), data.example_input)
+    network = open_network(recipe, data)
     whole_regions(recipe.plan.undo, network.chain().regions)  # a node that is not there is refused before any work
     run.note_inputs(checkpoint_sha256=checkpoint_sha256(recipe.model), data_sha256=data.fingerprint)
     inputs = {
@@ -287,7 +288,7 @@ def deploy(run: Run, recipe: Recipe, known: Understood, student: Student) -> Exp
 
     def work(scratch: Path) -> Exported:
         save_weights(student.graph, scratch / WEIGHTS)
-        return export(student.graph, known.network.graph, known.data, recipe.export, scratch)
+        return export(student.graph, known.network.teacher, known.data, recipe.export, scratch)
 
     exported = run.stage("export", Exported, work, depends={before: run.key_of(before), "export": recipe.export})
     run.write_json(SURGERY, {"schema": 1, "input_shape": known.data.input_shape, "surgery": student.surgery})
@@ -317,7 +318,7 @@ def score(
         scorecard = Scorecard(verdict="INCONCLUSIVE", reasons=reasons, notes=(), rows=())
     else:
         exported, quantized = files
-        models = deployed(exported, run.folder, known.network.graph, student.graph)
+        models = deployed(exported, run.folder, known.network.teacher, student.graph)
         int8 = None if quantized is None else chosen_int8(quantized, run.folder)
         scorecard = run.stage(
             "benchmark",

@@ -114,6 +114,11 @@ class Data:
     example_input: Tensor
     fingerprint: str
 
+    @property
+    def copied_channels(self) -> int:
+        """How many equal channels every input has, by the way it is prepared (grey made colour); 1: they may differ."""
+        return self.train.rows.preparation.copied_channels if isinstance(self.train.rows, ImageRows) else 1
+
 
 @dataclass(frozen=True, eq=False)
 class _Parts:

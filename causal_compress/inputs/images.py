@@ -104,6 +104,12 @@ class Preparation:
     crop_padding: int
     horizontal_flip: bool
 
+    @property
+    def copied_channels(self) -> int:
+        """How many equal channels come out of a grey image; 1 where normalisation makes them differ, or of colours."""
+        alike = all(values is None or len(set(values)) == 1 for values in (self.mean, self.std))
+        return self.repeat if alike else 1
+
     def scaled(self, images: NDArray[Any], generator: torch.Generator | None) -> Tensor:
         """N x H x W x C as stored -> N x C x H x W float32 in [0, 1]; augmented if a generator is given."""
         x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

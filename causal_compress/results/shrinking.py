@@ -155,9 +155,20 @@ class Factor:
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
+class Fold:
+    """Surgery step that is exact: a layer reads `kept` of its `inputs`, because the others are copies of them."""
+
+    layer: str
+    kind: Literal["pooling", "channels"]
+    inputs: int
+    kept: int
+
+
+@dataclass(frozen=True, kw_only=True, config=config)
 class Surgery:
     """Replayable recipe from the teacher's architecture to the student's; weights are kept apart."""
 
+    folds: tuple[Fold, ...] = ()
     merges: tuple[Merge, ...] = ()
     keeps: tuple[Keep, ...] = ()
     biased: tuple[str, ...] = ()

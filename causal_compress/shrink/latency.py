@@ -188,7 +188,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
 def _time_whole(network: Network, plan: Plan, timer: Timer) -> float:
     """Share of the teacher's latency that the plan's network takes; weights do not matter to it."""
     example = network.example_input
-    student, teacher = timer([(skeleton(network, plan), example), (network.graph, example)])
+    student, teacher = timer([(skeleton(network, plan), example), (network.teacher, example)])
     return student / teacher
 
 

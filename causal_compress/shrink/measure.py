@@ -28,6 +28,7 @@ from causal_compress.shrink.ranks import spectra, thinned, with_ranks
 from causal_compress.shrink.repair import tail_too_large
 from causal_compress.shrink.targets import before_and_after
 from causal_compress.shrink.widths import Widths, find_widths, is_allowed, level_counts
+from causal_compress.understand.algebra import saved
 from causal_compress.understand.trace import Network
 
 _MOST_RANKS = 12
@@ -58,12 +59,13 @@ def measure(
             rows.extend(found if not isinstance(found, Skip) else ())
             skipped.extend([found] if isinstance(found, Skip) else ())
         sweep.advance()
+    folded_macs, folded_params = saved(network)
     return Candidates(
         rows=tuple(rows),
         cut_groups={k: CutGroup(producer=group.producer, channels=group.channels) for k, group in widths.cuts.items()},
         regions=len(network.regions),
-        macs=sum(region.info.macs for region in network.regions),
-        params=sum(region.info.params for region in network.regions),
+        macs=sum(region.info.macs for region in network.regions) + folded_macs,
+        params=sum(region.info.params for region in network.regions) + folded_params,
         skipped=(*widths.skipped, *skipped, *network.untraced),
         inputs=sum(map(len, probe.fit)),
         heldout=sum(map(len, probe.heldout)),

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from causal_compress.progress import progress
 from causal_compress.recipe import PruneSection
-from causal_compress.results import Candidate, Change, Decision, Factor, Keep, Plan, Skip, Surgery
+from causal_compress.results import Candidate, Change, Decision, Factor, Keep, Plan, Skip
 from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_groups, remove_channels
 from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
@@ -61,8 +61,8 @@ def prune(
     for index, decision in enumerate(progress(plan.decisions, label="removing channels and refitting", unit="node")):
         work.carry_out(index, decision)
     work.reestimate_norms()
-    surgery = Surgery(
-        merges=student.surgery.merges,
+    surgery = replace(
+        student.surgery,
         keeps=tuple(work.keeps),
         biased=tuple(dict.fromkeys([*student.surgery.biased, *work.biased])),
         factors=tuple(work.factors),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -12,6 +14,7 @@ from causal_compress.shrink.choice import project
 from causal_compress.shrink.front import Front
 from causal_compress.shrink.repair import current_affine, tail_equations, too_large, write_solution
 from causal_compress.shrink.surgery import Student, assemble, merges_of
+from causal_compress.understand.algebra import told
 from causal_compress.understand.graph import fetch
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import Network
@@ -31,10 +34,10 @@ def rewrite(
         section: Ridge penalties.
 
     Returns:
-        The student, one ledger line for each merge, and what was refused.
+        The student, ledger lines for what was folded exactly and for each merge, and what was refused.
     """
     student = assemble(network, merges_of(plan))
-    changes: list[Change] = []
+    changes = list(told(network.folds))
     skips: list[Skip] = []
     biased: list[str] = []
     pairs = list(zip(plan.decisions, student.parts, strict=True))
@@ -53,7 +56,7 @@ def rewrite(
             added, penalty, error = found
             biased.extend(added)
             changes.append(_change(decision, network, rise, penalty, error))
-    surgery = student.surgery.__class__(merges=student.surgery.merges, biased=tuple(biased))
+    surgery = replace(student.surgery, biased=tuple(biased))
     return Student(student.graph, student.parts, student.sites, student.ends, surgery), tuple(changes), tuple(skips)
 
 

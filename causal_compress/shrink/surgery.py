@@ -16,6 +16,7 @@ from causal_compress.results import Keep, Merge, Plan, Surgery
 from causal_compress.shrink.channels import dependencies_of, remove_channels
 from causal_compress.shrink.lowrank import split
 from causal_compress.shrink.parts import build_part
+from causal_compress.understand.algebra import folded
 from causal_compress.understand.graph import compose_with_ends, fetch
 from causal_compress.understand.trace import Network
 
@@ -67,7 +68,8 @@ def assemble(network: Network, merges: Sequence[Merge]) -> Student:
         expected = merge.last + 1
     graph, sites = compose_with_ends(parts)
     graph.eval()
-    return Student(graph, tuple(parts), sites, tuple(m.last for m in merges), Surgery(merges=tuple(merges)))
+    surgery = Surgery(folds=network.folds, merges=tuple(merges))
+    return Student(graph, tuple(parts), sites, tuple(m.last for m in merges), surgery)
 
 
 def replay(network: Network, surgery: Surgery, weights: dict[str, Tensor]) -> Student:
@@ -75,13 +77,13 @@ def replay(network: Network, surgery: Surgery, weights: dict[str, Tensor]) -> St
 
     Args:
         network: The traced teacher (its weights do not matter); left as it is.
-        surgery: Merges, kept channels, added biases, factors.
+        surgery: Folds, merges, kept channels, added biases, factors.
         weights: The student's state dict.
 
     Raises:
         TraceError: the surgery or the weights belong to another network.
     """
-    student = assemble(network, surgery.merges)
+    student = assemble(folded(network, surgery.folds), surgery.merges)
     add_biases(student.graph, surgery.biased)
     narrow(student.graph, network.example_input, surgery.keeps)
     for factor in surgery.factors:

@@ -97,6 +97,11 @@ def get_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape that propagation noted for a node's value; empty where it holds no single tensor."""
+    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+
+
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """All nodes that `node` depends on, without itself."""
     seen: set[fx.Node] = set()

@@ -67,11 +67,11 @@ def score_teacher(network: Network, data: Data) -> TeacherScore:
     labels = data.validation.labels
     chance = float(torch.bincount(labels).max()) / len(labels) * 100
     return TeacherScore(
-        accuracy=accuracy(network.graph, data.validation),
+        accuracy=accuracy(network.teacher, data.validation),
         chance_pct=chance,
-        macs=count_macs(network.graph, example[:1]),
-        params=count_params(network.graph),
-        size_bytes=sum(value.numel() * value.element_size() for value in network.graph.state_dict().values()),
+        macs=count_macs(network.teacher, example[:1]),
+        params=count_params(network.teacher),
+        size_bytes=sum(value.numel() * value.element_size() for value in network.teacher.state_dict().values()),
         classes=len(data.classes),
     )
 

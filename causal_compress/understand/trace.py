@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from causal_compress.errors import TraceError
-from causal_compress.results import Chain, RegionInfo, Skip
+from causal_compress.results import Chain, Fold, RegionInfo, Skip
 from causal_compress.understand.cost import count_macs
 from causal_compress.understand.graph import common_name, extract, get_module, make_pure
 
@@ -41,7 +41,8 @@ class Region:
 class Network:
     """A traced network: the whole graph, and the same as a chain of regions that share its parameters.
 
-    `sites` names the graph's node at the end of each region.
+    `sites` names the graph's node at the end of each region. Where `folds` made it smaller without changing what it
+    computes, `original` is the graph as it was traced.
     """
 
     graph: fx.GraphModule
@@ -49,6 +50,13 @@ class Network:
     sites: tuple[str, ...]
     untraced: tuple[Skip, ...]
     example_input: Tensor
+    original: fx.GraphModule | None = None
+    folds: tuple[Fold, ...] = ()
+
+    @property
+    def teacher(self) -> fx.GraphModule:
+        """The graph as it was traced: what a student is compared with, in cost and in answers."""
+        return self.graph if self.original is None else self.original
 
     def chain(self) -> Chain:
         """The chain without torch: names, shapes, costs, and what could not be traced."""

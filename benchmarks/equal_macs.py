@@ -1,0 +1,244 @@
+"""Students of one teacher at equal MACs, data and recovery: what peers.py and ablation.py have in common.
+
+A method makes a student of a Case; everything after that is the same for all. Batch norms are re-estimated on the
+calibration inputs where that lowers the output KL there; all recover by the same distillation; answers on the 10,000
+test images are read once for each student and kept in --work, which makes intervals paired. Rows that are there are not
+measured again. A method that can't reach the MACs has a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from causal_compress.errors import BudgetError
+from causal_compress.files import atomic_write_bytes, atomic_write_text
+from causal_compress.inputs.data import Data, Split, load_data
+from causal_compress.pipeline import analyze
+from causal_compress.provenance import machine
+from causal_compress.recipe import BudgetSection, DistillSection, Recipe
+from causal_compress.recipe_file import load_recipe
+from causal_compress.recover.distill import distill
+from causal_compress.results import Candidates, Effects, Groups, Plan
+from causal_compress.runs import read_result
+from causal_compress.shipped import find_recipe
+from causal_compress.shrink.front import fresh_front, output_kl
+from causal_compress.shrink.probe import Probe
+from causal_compress.shrink.prune import prune, reestimate_batch_norms
+from causal_compress.shrink.rewrite import rewrite
+from causal_compress.shrink.rivals import plan_and_compare
+from causal_compress.shrink.surgery import boundaries
+from causal_compress.stages import probe_of
+from causal_compress.understand.cost import count_macs, count_params
+from causal_compress.understand.network import open_network
+from causal_compress.understand.statistics import paired_drop, wilson
+from causal_compress.understand.trace import Network
+
+HERE = Path(__file__).parent
+SCRATCH = "from scratch"
+SCRATCH_RATE = 0.1
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The teacher, its data and analysis, for one seed; the recipe's budget is the share of MACs that is kept."""
+
+    recipe: Recipe
+    data: Data
+    network: Network
+    effects: Effects
+    groups: Groups
+    candidates: Candidates
+    probe: Probe
+
+    @property
+    def macs(self) -> float:
+        """Largest share of the teacher's MACs."""
+        assert self.recipe.budget.macs is not None
+        return self.recipe.budget.macs
+
+    @property
+    def calibration(self) -> list[Tensor]:
+        """All calibration inputs, in chunks."""
+        return [x for x, _ in self.data.calibration.batches(256)]
+
+
+Method = Callable[[Case], tuple[nn.Module, Pairs]]
+
+
+def open_case(given: argparse.Namespace, seed: int) -> Case:
+    """Analyse the teacher with one seed (or read the analysis back)."""
+    settings = [
+        f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:{given.arch}",
+        f"model.weights={given.weights}",
+        f"data.source=npz:{given.data}",
+        f"budget.macs={given.macs}",
+        f"seed={seed}",
+    ]
+    recipe = load_recipe(find_recipe("cifar-resnet"), settings)
+    folder = given.work / f"analysis-{given.arch}-{seed}"
+    # The analysis does not depend on the budget; one for half the MACs serves all.
+    analyze(recipe.model_copy(update={"budget": BudgetSection(macs=0.5)}), folder)
+    data = load_data(recipe.data, seed=seed)
+    known = (read_result(folder, "intervene", Effects), read_result(folder, "group", Groups))
+    candidates = read_result(folder, "candidates", Candidates)
+    return Case(recipe, data, open_network(recipe, data), *known, candidates, probe_of(recipe, data))
+
+
+def ours(case: Case) -> tuple[nn.Module, Pairs]:
+    """The product's own plan and surgery."""
+    known = (case.candidates, case.effects, case.groups)
+    return carry_out(case, plan_and_compare(case.network, known, case.recipe, case.probe))
+
+
+def carry_out(case: Case, plan: Plan) -> tuple[nn.Module, Pairs]:
+    """The surgery of a plan, and the cut points at which distillation compares."""
+    temperature = case.recipe.plan.temperature
+    first = fresh_front(case.network, case.probe, case.recipe.rewrite.inputs, temperature)
+    student, _, _ = rewrite(case.network, plan, first, case.recipe.rewrite)
+    second = fresh_front(case.network, case.probe, case.recipe.prune.inputs, temperature)
+    student, _, _ = prune(student, plan, second, case.recipe.prune)
+    return student.graph, boundaries(student, case.network, plan)
+
+
+def repaired(case: Case, model: nn.Module) -> nn.Module:
+    """The student, or a copy with batch norms re-estimated on the calibration inputs if its output KL is lower."""
+    trial = copy.deepcopy(model)
+    if not reestimate_batch_norms(trial, case.calibration):
+        return model
+    temperature = case.recipe.plan.temperature
+    with torch.no_grad():
+        wanted = [F.log_softmax(case.network.graph(x) / temperature, 1) for x in case.calibration]
+        before, after = (output_kl([m(x) for x in case.calibration], wanted, temperature) for m in (model, trial))
+    return trial if after < before else model
+
+
+def answers(model: nn.Module, split: Split) -> NDArray[np.bool_]:
+    """Which inputs a network gets right."""
+    with torch.no_grad():
+        return np.concatenate([(model.eval()(x).argmax(1) == y).numpy() for x, y in split.batches(250)])
+
+
+def measure(case: Case, name: str, method: Method, epochs: int) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    """Make a student, let it recover, and read the test split."""
+    torch.manual_seed(case.recipe.seed)
+    model, pairs = method(case)
+    model = model if name == SCRATCH else repaired(case, model)
+    if epochs:
+        section = (case.recipe.distill or DistillSection()).model_copy(update={"epochs": epochs})
+        if name == SCRATCH:
+            section = section.model_copy(update={"learning_rate": SCRATCH_RATE})
+        teacher = case.network.graph
+        model, _ = distill(
+            model, teacher, pairs, case.data, section, seed=case.recipe.seed, device="cpu", progress_dir=None
+        )
+    example = case.data.example_input[:1]
+    about = {"macs_kept": round(count_macs(model, example) / case.candidates.macs, 4), "params": count_params(model)}
+    return answers(model, case.data.test), about
+
+
+def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epochs: int) -> dict[str, Any]:
+    """One row, from --work if it is there; "hits" holds every single answer, None where there is no student."""
+    stem = f"{given.arch}-{case.macs:g}-{name.replace(' ', '-').replace(',', '')}-{epochs}-{case.recipe.seed}"
+    hits_file, about_file = given.work / f"{stem}.npy", given.work / f"{stem}.json"
+    row = {"arch": given.arch, "method": name, "recovery_epochs": epochs}
+    if not about_file.exists():
+        try:
+            hits, about = measure(case, name, method, epochs)
+        except BudgetError as error:
+            missing = {"macs_kept": None, "params": None, "accuracy_pct": None, "n": None}
+            return {**row, **missing, "why_none": error.what, "hits": None}
+        with (given.work / f"{stem}.tmp").open("wb") as file:
+            np.save(file, hits)
+        atomic_write_bytes(hits_file, (given.work / f"{stem}.tmp").read_bytes())
+        (given.work / f"{stem}.tmp").unlink()
+        atomic_write_text(about_file, json.dumps(about))
+    hits = np.load(hits_file)
+    about = json.loads(about_file.read_text(encoding="utf-8"))
+    accuracy = wilson(int(hits.sum()), len(hits)).pct
+    return {**row, **about, "accuracy_pct": accuracy, "n": len(hits), "why_none": None, "hits": hits}
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One seed's rows with their paired distance from ours [pp] instead of every single answer."""
+    best = {row["recovery_epochs"]: row["hits"] for row in rows if row["method"] == "ours"}
+    return [
+        {
+            **{key: value for key, value in row.items() if key != "hits"},
+            **_behind(row, best.get(row["recovery_epochs"])),
+        }
+        for row in rows
+    ]
+
+
+def _behind(row: dict[str, Any], best: NDArray[np.bool_] | None) -> dict[str, Any]:
+    hits, drop, interval = row["hits"], None, None
+    if best is not None and hits is not None and row["method"] != "ours":
+        drop, interval = paired_drop(int((best & ~hits).sum()), int((hits & ~best).sum()), len(hits))
+    return {"behind_ours_pp": drop, "behind_ours_ci_pp": interval}
+
+
+def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each method over all its seeds: mean accuracy, and its distance from ours over the answers of all seeds, paired.
+
+    Intervals say what chance of test images does; what chance of seeds does stands in the single rows.
+    """
+    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["hits"] is not None:
+            kinds.setdefault((row["method"], row["recovery_epochs"]), []).append(row)
+    done = []
+    for same in kinds.values():
+        kept = {key: same[0][key] for key in ("arch", "method", "recovery_epochs")}
+        means = {key: round(float(np.mean([row[key] for row in same])), 4) for key in ("accuracy_pct", "macs_kept")}
+        done.append({**kept, **means, "seeds": len(same), "hits": np.concatenate([row["hits"] for row in same])})
+    return compared(done)
+
+
+def run(methods: Mapping[str, Method], description: str | None, script: str) -> None:
+    """Measure, print and write: a command line around some methods.
+
+    Args:
+        methods: "ours" is among them, the others are compared with it.
+        description: For --help.
+        script: The script's name without ending; its results have the same.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="resnet20", help="function of examples/cifar_resnet.py")
+    parser.add_argument("--weights", required=True, help="its public checkpoint")
+    parser.add_argument("--data", required=True, help="npz with CIFAR-10")
+    parser.add_argument("--work", type=Path, required=True, help="analyses and answers are kept here")
+    parser.add_argument("--macs", type=float, default=0.5, help="share that is kept")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{script}.json")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
+    content = {"schema": 1, "machine": machine(), "command": " ".join([f"python benchmarks/{script}.py", *shown])}
+    rows: list[dict[str, Any]] = []
+    for seed in given.seeds:
+        case = open_case(given, seed)
+        for epochs in given.epochs:
+            for name in given.methods:
+                if epochs or name != SCRATCH:
+                    rows.append({**row_of(given, case, name, methods[name], epochs), "seed": seed})
+                    print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
+        single = [row for one in given.seeds for row in compared([row for row in rows if row["seed"] == one])]
+        result = {**content, "rows": single, "over_seeds": pooled(rows)}
+        atomic_write_text(given.out, json.dumps(result, indent=1) + "\n")
