@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 4, 256, 0.03, 0.9, 5e-4
 SIDE = 64
 # Convolutions keep more of themselves than linear layers: with one ladder for both, it has to be fine below one half.
-WIDTHS = [0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09, 0.0625, 0.045, 0.03, 0.02, 0.01]
+WIDTHS = [0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09, 0.0625, 0.045, 0.03, 0.02, 0.01, 0.005, 0.0025, 0.0012]
 
 
 def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int, threads: int | None = None) -> Recipe:

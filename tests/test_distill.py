@@ -312,6 +312,37 @@ def test_every_epoch_and_seed_has_its_own_batches(
     assert not torch.equal(first, torch.cat(seen[16:20]))
 
 
+@pytest.mark.parametrize("boundaries", [BOUNDARY, ()])
+def test_views_come_again_and_the_teacher_is_asked_once_for_each(
+    student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch, boundaries: Any
+) -> None:
+    seen: list[Tensor] = []
+    asked: list[int] = []
+    loss, ask = training._loss, training.answer
+
+    def remember(course: Any, learner: Any, batch: Any, step: int) -> Tensor:
+        seen.append(batch.x)
+        return loss(course, learner, batch, step)
+
+    def count(network: nn.Module, x: Tensor) -> Any:
+        asked.append(not network.training and len(x) == 32)
+        return ask(network, x)
+
+    monkeypatch.setattr(training, "_loss", remember)
+    monkeypatch.setattr(training, "answer", count)
+    fresh, _ = run(student, teacher, section(epochs=6, views=2), boundaries=boundaries)
+    epochs = [torch.cat(seen[start : start + 4]) for start in range(0, len(seen), 4)]
+    assert torch.equal(epochs[0], epochs[2])
+    assert torch.equal(epochs[1], epochs[5])
+    assert not torch.equal(epochs[0], epochs[1])
+    # Two epochs of four batches, whether or not boundaries are watched in the first third (two epochs) of the run.
+    assert sum(asked) == 8
+    monkeypatch.setattr(training, "_taught", lambda course, batch, inside: ask(course.teacher, batch.x))
+    again, _ = run(student, teacher, section(epochs=6, views=2), boundaries=())
+    if not boundaries:
+        assert same(fresh.state_dict(), again.state_dict())
+
+
 def test_dropout_rests(student: nn.Module, teacher: nn.Module) -> None:
     dropping = nn.Sequential(copy.deepcopy(student), nn.Dropout(0.5)).eval()
     with_it = run(dropping, teacher, section(epochs=2), boundaries=())[0]

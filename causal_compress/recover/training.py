@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ _FEWEST_ROWS = 50  # to say from them that a network answers everything alike
 
 @dataclass(frozen=True)
 class Course:
-    """What stays the same through all epochs."""
+    """What stays the same through all epochs; `answers` are the teacher's logits for batches that come again."""
 
     data: Data
     section: DistillSection
@@ -47,6 +47,7 @@ class Course:
     device: torch.device
     bf16: bool
     compiled: bool = False
+    answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,11 +93,15 @@ class Learner:
 
 @dataclass(frozen=True)
 class _Batch:
-    """One process's rows of a batch; `counted` says whose labels can be trusted (not those of intervened inputs)."""
+    """One process's rows of a batch; `counted` says whose labels can be trusted (not those of intervened inputs).
+
+    `key` names a batch that comes again, which is what `Course.answers` goes by.
+    """
 
     x: Tensor
     labels: Tensor
     counted: Tensor
+    key: tuple[int, int] | None
 
 
 def place_network(network: nn.Module, device: torch.device, data: Data) -> nn.Module:
@@ -198,17 +203,23 @@ def _mixed_seed(*parts: int) -> int:
 
 
 def _batches(course: Course, index: int) -> Iterator[_Batch]:
-    """This process's part of every batch of an epoch; the same batches whatever the number of processes."""
-    seed = _mixed_seed(course.seed, index)
+    """This process's part of every batch of an epoch; the same batches whatever the number of processes.
+
+    With `views` in the recipe, epochs that are so many apart have the same batches.
+    """
+    view = index if course.section.views is None else index % course.section.views
+    seed = _mixed_seed(course.seed, view)
     generator = torch.Generator().manual_seed(seed)
     batches = course.data.train.batches(course.section.batch_size, shuffle_seed=seed, augment=True)
     batches = islice(batches, course.steps_per_epoch)
     if course.accelerator.is_main_process:
         label = f"distill {index + 1}/{course.section.epochs}"
         batches = progress(batches, label=label, total=course.steps_per_epoch)
-    for x, labels in batches:
+    for number, (x, labels) in enumerate(batches):
         rows = int(course.section.intervened_share * len(x))
-        yield _own_rows(course, _intervene_on(x, rows, course.data, generator), labels, torch.arange(len(x)) >= rows)
+        seen = _intervene_on(x, rows, course.data, generator)
+        key = None if course.section.views is None else (view, number)
+        yield _own_rows(course, _Batch(seen, labels, torch.arange(len(x)) >= rows, key))
 
 
 def _intervene_on(x: Tensor, rows: int, data: Data, generator: torch.Generator) -> Tensor:
@@ -227,11 +238,11 @@ def _intervene_on(x: Tensor, rows: int, data: Data, generator: torch.Generator) 
     return torch.cat([masked, x[rows:]])
 
 
-def _own_rows(course: Course, x: Tensor, labels: Tensor, counted: Tensor) -> _Batch:
+def _own_rows(course: Course, batch: _Batch) -> _Batch:
     own = slice(course.accelerator.process_index, None, course.accelerator.num_processes)
-    layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-    place = course.device
-    return _Batch(x[own].to(place).contiguous(memory_format=layout), labels[own].to(place), counted[own].to(place))
+    layout = torch.channels_last if batch.x.ndim == 4 else torch.contiguous_format
+    x, labels, counted = (value[own].to(course.device) for value in (batch.x, batch.labels, batch.counted))
+    return _Batch(x.contiguous(memory_format=layout), labels, counted, batch.key)
 
 
 def _step(course: Course, learner: Learner, batch: _Batch, step: int, rate: float) -> Tensor:
@@ -253,15 +264,25 @@ def _step(course: Course, learner: Learner, batch: _Batch, step: int, rate: floa
 
 def _loss(course: Course, learner: Learner, batch: _Batch, step: int) -> Tensor:
     section = course.section
+    weight = section.boundary_weight * boundary_share_at(step, course.steps)
+    wanted, wanted_inside = _taught(course, batch, inside=weight > 0)
     with course.autocast():
-        with torch.no_grad():
-            wanted, wanted_inside = answer(course.teacher, batch.x)
         logits, inside = answer(learner.parallel, batch.x)
     loss = (1.0 - section.label_weight) * kd_loss(logits, wanted, section.temperature)
     if section.label_weight > 0:
         loss = loss + section.label_weight * label_loss(logits, batch.labels, batch.counted)
-    weight = section.boundary_weight * boundary_share_at(step, course.steps)
     return loss + weight * boundary_loss(inside, wanted_inside) if inside and weight > 0 else loss
+
+
+def _taught(course: Course, batch: _Batch, *, inside: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The teacher's logits, remembered where the batch comes again, and its boundary activations where asked for."""
+    if not inside and batch.key in course.answers:
+        return course.answers[batch.key], ()
+    with course.autocast(), torch.no_grad():
+        wanted, activations = answer(course.teacher, batch.x)
+    if batch.key is not None:
+        course.answers[batch.key] = wanted
+    return wanted, activations
 
 
 def _refuse_non_finite(course: Course, loss: Tensor, norm: Tensor, step: int) -> None:
