@@ -254,7 +254,9 @@ class SearchSection(Section):
     """The search for the smallest network where the budget limits the drop of accuracy and no cost."""
 
     points: Positive = Field(5, description="shares of MACs that are tried at most")
-    epochs: NonNegative = Field(2, description="epochs of distillation at each of them; the chosen one gets all")
+    epochs: NonNegative = Field(
+        2, description="of distillation at each; one beyond the limit, and the chosen one, get all"
+    )
 
 
 class ReportSection(Section):

@@ -57,7 +57,7 @@ class Run:
         self.folder = folder
         self._provenance = provenance
         self._reuse = reuse
-        self._reusable = read_provenance(reuse).stages if reuse else ()
+        self._reusable = [(reuse, read_provenance(reuse).stages)] if reuse else []
         self._keys: dict[str, str] = {}
 
     def stage(self, name: str, result_type: type[T], compute: Callable[[Path], T], *, depends: Mapping[str, Any]) -> T:
@@ -109,6 +109,10 @@ class Run:
                 atomic_write_text(mark, key)
         return folder
 
+    def reuse_also(self, folder: Path) -> None:
+        """From now on, stages with the same key are copied from this run folder too. It is only read."""
+        self._reusable.append((folder, read_provenance(folder).stages))
+
     def note_inputs(self, *, checkpoint_sha256: str | None, data_sha256: str) -> None:
         """Writes the fingerprints of the checkpoint and the data, and the machine with its GPUs, into run.json."""
         self._save(checkpoint_sha256=checkpoint_sha256, data_sha256=data_sha256, machine=machine())
@@ -131,16 +135,18 @@ class Run:
         return True
 
     def _copy(self, name: str, key: str, reader: TypeAdapter[Any]) -> bool:
-        record = _find(self._reusable, name, key)
-        if record is None or self._reuse is None or not _is_sound(self._reuse, record, reader):
-            return False
-        scratch = self._scratch(name)
-        for file in record.files:
-            (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._reuse / file, scratch / file)
-        self._record(replace(record, files=self._move_in(scratch)))
-        logger.info("%s: copied from %s", name, self._reuse)
-        return True
+        for folder, stages in self._reusable:
+            record = _find(stages, name, key)
+            if record is None or not _is_sound(folder, record, reader):
+                continue
+            scratch = self._scratch(name)
+            for file in record.files:
+                (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file, scratch / file)
+            self._record(replace(record, files=self._move_in(scratch)))
+            logger.info("%s: copied from %s", name, folder)
+            return True
+        return False
 
     def _compute(self, name: str, key: str, reader: TypeAdapter[T], compute: Callable[[Path], T]) -> None:
         logger.info("%s: begins", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,14 +31,17 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
         return recipe
     limit = recipe.budget.max_accuracy_drop
     assert limit is not None
+    full = 0 if recipe.distill is None else recipe.distill.epochs
+    short = min(recipe.search.epochs, full)
     pareto = run.stage(
         "search",
         Pareto,
         lambda _: search(
-            lambda share: _attempt_or_none(run.folder, recipe, share),
+            partial(_attempt_or_none, run.folder, recipe, short),
             recipe.search,
             limit_pp=limit,
             least=least_macs(candidates, recipe.plan, regions),
+            in_full=partial(_attempt_or_none, run.folder, recipe, full) if full > short else None,
         ),
         depends={
             "candidates": run.key_of("candidates"),
@@ -49,25 +53,33 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
     )
     run.write_json("pareto.json", pareto)
     share = pareto.points[pareto.chosen].asked_macs
+    if (folder := _folder(run.folder, share, full)).is_dir():
+        run.reuse_also(folder)
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
 
 
-def _attempt_or_none(folder: Path, recipe: Recipe, share: float) -> SearchPoint | None:
+def _folder(folder: Path, share: float, epochs: int) -> Path:
+    return folder / "points" / f"{share:.4f}-{epochs}"
+
+
+def _attempt_or_none(folder: Path, recipe: Recipe, epochs: int, share: float) -> SearchPoint | None:
     try:
-        return attempt(folder, recipe, share)
+        return attempt(folder, recipe, share, epochs)
     except (BudgetError, NumericalError) as error:
         logger.warning("search: %.3f of the MACs can't be carried out: %s", share, error.what)
         return None
 
 
-def attempt(folder: Path, recipe: Recipe, share: float) -> SearchPoint:
-    """Compress to a share of the MACs in a run folder of its own, recover briefly, and measure on validation data."""
+def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPoint:
+    """Compress to a share of the MACs in a run folder of its own, recover, and measure on validation data."""
     start = time.perf_counter()
-    epochs = 0 if recipe.distill is None else min(recipe.search.epochs, recipe.distill.epochs)
     distill = None if recipe.distill is None or epochs == 0 else recipe.distill.model_copy(update={"epochs": epochs})
     budget = recipe.budget.model_copy(update={"macs": share})
     point = recipe.model_copy(update={"budget": budget, "distill": distill})
-    with open_run(folder / "points" / f"{share:.4f}", point, command=("search",), reuse=folder) as run:
+    with open_run(_folder(folder, share, epochs), point, command=("search",), reuse=folder) as run:
+        for other in (folder / "points").glob(f"{share:.4f}-*/run.json"):
+            if other.parent != run.folder:
+                run.reuse_also(other.parent)  # the same surgery
         known = understand(run, point, force=True)
         _, student = shrink_depth(run, point, known)
         log, student = shrink_width(run, point, known, student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,37 @@ def test_no_point_below_what_is_possible() -> None:
     assert len(found.points) < 8
 
 
+@pytest.mark.parametrize("healing", [0.2, 0.5, 1.0])
+def test_a_full_recovery_at_one_size_says_what_is_left_of_the_others(healing: float) -> None:
+    short = falling(lambda share: 8.0 * (1.0 - share))
+    fully: list[float] = []
+
+    def in_full(share: float) -> SearchPoint:
+        fully.append(share)
+        return replace(short(share), drop_pp=healing * short(share).drop_pp, epochs=20)
+
+    found = search(short, SearchSection(points=7), limit_pp=1.0, least=0.01, in_full=in_full)
+    assert fully == [0.5]
+    assert found.remains == pytest.approx(healing)
+    edge = 1.0 - 1.0 / (8.0 * healing)  # here the drop that is left is the limit
+    chosen = found.points[found.chosen]
+    assert found.met
+    assert edge <= chosen.asked_macs <= edge * 1.1
+    assert chosen.judged_pp <= 1.0
+    assert "expected drop" in found.reason
+    whole = next(p for p in found.points if p.epochs == 20)
+    assert whole.expected_drop_pp is None
+    assert next(p for p in found.points if p.asked_macs == 0.5).expected_drop_pp == whole.drop_pp
+
+
+def test_nothing_is_recovered_in_full_where_short_recoveries_hold() -> None:
+    def never(_: float) -> SearchPoint:
+        raise AssertionError
+
+    found = search(falling(lambda _: 0.0), SearchSection(points=3), limit_pp=1.0, least=0.05, in_full=never)
+    assert found.remains is None
+
+
 def test_the_front_leaves_out_what_is_beaten() -> None:
     points = [point(0.5, 0.1), point(0.3, 2.0), point(0.4, 2.5), point(0.2, 4.0)]
     assert front_of(points) == (3, 1, 0)
@@ -110,12 +142,12 @@ def test_the_whole_way_from_a_drop_alone(tmp_path: Path, monkeypatch: pytest.Mon
     pareto = read_result(tmp_path / "run", "search", Pareto)
     assert len(pareto.points) == 2
     assert {path.name for path in (tmp_path / "run" / "points").iterdir()} == {
-        f"{p.asked_macs:.4f}" for p in pareto.points
+        f"{p.asked_macs:.4f}-{p.epochs}" for p in pareto.points
     }
     student = next(row for row in outcome.scorecard.rows if row.model == "student")
     teacher = next(row for row in outcome.scorecard.rows if row.model == "teacher")
     assert student.macs / teacher.macs == pytest.approx(pareto.points[pareto.chosen].macs, abs=0.01)
-    assert begun(tmp_path / "run" / "points" / "0.5000") == begun(tmp_path / "run")  # taken over, not repeated
+    assert begun(tmp_path / "run" / "points" / "0.5000-0") == begun(tmp_path / "run")  # taken over, not repeated
 
     def again(*_: object) -> None:
         raise AssertionError("a finished search was done again")

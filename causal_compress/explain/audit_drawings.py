@@ -18,12 +18,21 @@ SURE = 0.05
 
 def pareto(found: Pareto) -> Markup:
     """Every point of the search: work kept against the drop on validation data."""
-    spots = [Spot(100 * p.macs, p.drop_pp, *p.drop_ci_pp) for p in found.points]
+    healed = [p.drop_pp - p.judged_pp for p in found.points]
+    spots = [
+        Spot(100 * p.macs, p.judged_pp, p.drop_ci_pp[0] - less, p.drop_ci_pp[1] - less)
+        for p, less in zip(found.points, healed, strict=True)
+    ]
     best = found.points[found.chosen]
     desc = (
         f"{len(spots)} networks that were tried; the chosen one keeps {formats.share(best.macs)} of the MACs and loses "
-        f"{formats.fixed(best.drop_pp)} points; {formats.fixed(found.limit_pp)} are allowed."
+        f"{formats.fixed(best.judged_pp)} points; {formats.fixed(found.limit_pp)} are allowed."
     )
+    if found.remains is not None:
+        desc += (
+            f" One of them was recovered in full, which left {formats.share(found.remains)} of its drop; so much is "
+            "expected to be left of the others' drops, which are drawn that much lower than they were measured."
+        )
     caption = Caption("fig-search", "What the search for the smallest network tried", desc)
     labels = ("MACs kept [% of the teacher]", "Accuracy lost on validation data [points]")
     return estimates.tradeoff(caption, spots, labels, front=found.front, chosen=found.chosen, limit=found.limit_pp)

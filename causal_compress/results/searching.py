@@ -11,7 +11,8 @@ from causal_compress.results.common import config
 class SearchPoint:
     """One budget that was tried: shares of the teacher's MACs and parameters that were kept, and what it cost.
 
-    The drop of accuracy is measured on the validation split, after a short recovery, paired with the teacher.
+    The drop of accuracy is measured on the validation split, paired with the teacher, after `epochs` of recovery;
+    `expected_drop_pp` is what is thought to be left of it after all epochs of the recipe.
     """
 
     asked_macs: float
@@ -23,6 +24,12 @@ class SearchPoint:
     n: int
     epochs: int
     seconds: float
+    expected_drop_pp: float | None = None
+
+    @property
+    def judged_pp(self) -> float:
+        """The drop that counts: the expected one where there is one."""
+        return self.drop_pp if self.expected_drop_pp is None else self.expected_drop_pp
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
@@ -30,6 +37,8 @@ class Pareto:
     """All points in the order in which they were tried; `front` and `chosen` are positions among them.
 
     `met` says whether the chosen point's drop lies within the limit; if none's does, the one that lost least is chosen.
+    `remains` is the share of a short recovery's drop that was left after all epochs, measured at one size; None where
+    none was recovered in full.
     """
 
     points: tuple[SearchPoint, ...]
@@ -38,3 +47,4 @@ class Pareto:
     met: bool
     limit_pp: float
     reason: str
+    remains: float | None = None
