@@ -254,9 +254,7 @@ class SearchSection(Section):
     """The search for the smallest network where the budget limits the drop of accuracy and no cost."""
 
     points: Positive = Field(5, description="shares of MACs that are tried at most")
-    epochs: NonNegative = Field(
-        2, description="of distillation at each; one beyond the limit, and the chosen one, get all"
-    )
+    epochs: NonNegative = Field(2, description="of distillation at each; the first that fails, and the chosen, get all")
 
 
 class ReportSection(Section):
