@@ -201,6 +201,7 @@ class DistillSection(Section):
     intervened_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of each batch that is intervened"
     )
+    norms: bool = Field(False, description="batch norms where there are none while it trains; folded afterwards")
     views: Positive | None = Field(None, description="augmented views of each input, taught once; null: ever new ones")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="decay of the averaged weights; 0 switches it off"

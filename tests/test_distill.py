@@ -343,6 +343,27 @@ def test_views_come_again_and_the_teacher_is_asked_once_for_each(
         assert same(fresh.state_dict(), again.state_dict())
 
 
+def test_norms_for_training_leave_the_structure_and_are_resumed(teacher: nn.Module, tmp_path: Path) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 6, 3), nn.Linear(6, network(6, 1).head.out_features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    bare = fx.symbolic_trace(Bare().eval())
+    before = copy.deepcopy(bare.state_dict())
+    normed, _ = run(bare, teacher, section(norms=True), boundaries=())
+    usual, _ = run(bare, teacher, section(norms=False), boundaries=())
+    assert same(bare.state_dict(), before)
+    assert normed.state_dict().keys() == before.keys()
+    assert not same(normed.state_dict(), usual.state_dict())
+    again, _ = run(bare, teacher, section(norms=True), boundaries=(), progress_dir=tmp_path)
+    assert same(normed.state_dict(), again.state_dict())
+
+
 def test_dropout_rests(student: nn.Module, teacher: nn.Module) -> None:
     dropping = nn.Sequential(copy.deepcopy(student), nn.Dropout(0.5)).eval()
     with_it = run(dropping, teacher, section(epochs=2), boundaries=())[0]

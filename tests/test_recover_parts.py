@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from causal_compress.errors import TraceError
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
+from causal_compress.recover.norms import SUFFIX, with_norms, without_norms
 from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
 
 
@@ -76,3 +78,38 @@ def test_one_cycle() -> None:
     assert [boundary_share_at(step, 30) for step in (0, 5, 10, 29)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert decay_at(0, 0.999) == pytest.approx(0.1)
     assert decay_at(10**6, 0.999) == 0.999
+
+
+def plain(bias: bool = True) -> fx.GraphModule:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 3, bias=bias), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+    return fx.symbolic_trace(nn.Sequential(*layers, nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)).eval())
+
+
+def test_norms_for_training_change_nothing_at_first() -> None:
+    student, x = plain(), torch.randn(64, 2, 8, 8)
+    normed = with_norms(student, [x[:32], x[32:]])
+    added = [name for name, module in normed.named_modules() if name.endswith(SUFFIX)]
+    assert added == ["0_training_norm", "6_training_norm"]  # not the one that has a norm, not the last
+    torch.testing.assert_close(normed(x), student(x), rtol=1e-4, atol=1e-5)
+    bare = fx.symbolic_trace(nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).eval())
+    torch.testing.assert_close(with_norms(bare, [x]).train()(x), bare(x), rtol=1e-3, atol=1e-4)
+    assert [name for name, _ in with_norms(plain(bias=False), [x]).named_modules() if name.endswith(SUFFIX)] == [
+        "6_training_norm"
+    ]
+
+
+def test_norms_are_folded_into_the_structure_that_was_there() -> None:
+    student, x = plain(), torch.randn(64, 2, 8, 8)
+    normed = with_norms(student, [x])
+    optimizer = torch.optim.SGD(normed.train().parameters(), 0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        normed(x).square().mean().backward()
+        optimizer.step()
+    before = student(x)
+    student.load_state_dict(without_norms(normed, student))
+    torch.testing.assert_close(student.eval()(x), normed.eval()(x))
+    assert not torch.allclose(student(x), before)
+    with pytest.raises(TraceError, match="norms"):
+        with_norms(nn.Linear(2, 2), [torch.randn(4, 2)])

@@ -22,11 +22,14 @@ from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
 from causal_compress.recover.compiling import compiled, is_compiled
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
+from causal_compress.recover.norms import with_norms, without_norms
 from causal_compress.recover.training import Course, Learner, place_network, prepare, train_epoch, watch
 from causal_compress.results import Distilled, Epoch
 from causal_compress.understand.statistics import wilson
 
 logger = logging.getLogger(__name__)
+
+_NORM_INPUTS, _NORM_BATCH = 1024, 256
 
 
 def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks go by name)
@@ -71,7 +74,8 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
         process's student is the one to keep.
     """
     course = _set_out(teacher, [name for _, name in boundaries], data, section, seed, device)
-    watched = observed(student, [name for name, _ in boundaries], role="student")
+    structure = _with_norms(student, data) if section.norms and section.epochs else copy.deepcopy(student)
+    watched = observed(structure, [name for name, _ in boundaries], role="student")
     history: list[Epoch] = []
     trained = copy.deepcopy(student)
     if section.epochs > 0:
@@ -81,7 +85,8 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
             course = replace(course, teacher=compiled(course.teacher))
         learner = prepare(course, watched)
         history = _train(course, learner, progress_dir, stamp)
-        trained.load_state_dict(learner.result.state_dict())
+        structure.load_state_dict(learner.result.state_dict())
+        trained.load_state_dict(without_norms(structure, student) if section.norms else structure.state_dict())
     return trained, _summary(course, trained, history)
 
 
@@ -99,6 +104,10 @@ def _set_out(
     if is_compiled(section, steps=course.steps, device=place, processes=accelerator.num_processes):
         return replace(course, compiled=True)
     return course
+
+
+def _with_norms(student: nn.Module, data: Data) -> nn.Module:
+    return with_norms(student, [x for x, _ in data.train.batches(_NORM_BATCH, limit=_NORM_INPUTS)])
 
 
 def resolve_device(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from causal_compress.errors import TraceError
 from causal_compress.understand.graph import get_module, make_pure
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -65,11 +65,12 @@ def answer(network: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     return output if isinstance(output, tuple) else (output, ())
 
 
-def fold_batch_norms(network: nn.Module) -> nn.Module:
+def fold_batch_norms(network: nn.Module, only: Callable[[str], bool] = lambda _: True) -> nn.Module:
     """Multiply batch norms into the convolution or linear before them; for a network that only answers.
 
     Args:
         network: In evaluation mode; the caller's own copy, changed in place. Untraced networks stay as they are.
+        only: Says of a batch norm's path whether it is folded.
 
     Returns:
         The same network, which computes the same function up to rounding.
@@ -78,7 +79,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         return network
     calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
     for node in list(network.graph.nodes):
-        folded = _folded(network, node, calls)
+        folded = _folded(network, node, calls) if only(str(node.target)) else None
         if folded is not None:
             network.set_submodule(str(node.args[0].target), folded)
             node.replace_all_uses_with(node.args[0])
@@ -91,7 +92,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 def _folded(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> nn.Module | None:
     """The layer that does the work of a batch norm and of the layer before it, or None where it can't be folded."""
     norm, before = get_module(network, node), node.args[0] if node.args else None
-    if not isinstance(norm, _BATCH_NORMS) or norm.running_mean is None or not isinstance(before, fx.Node):
+    if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or not isinstance(before, fx.Node):
         return None
     layer = get_module(network, before)
     # A layer that others use too, by node or by module, must go on answering as it does.
@@ -100,12 +101,12 @@ def _folded(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> nn.M
     with torch.no_grad():
         if isinstance(layer, _CONVOLUTIONS):
             return fuse_conv_bn_eval(layer, norm)
-        if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and _is_flat(before):
+        if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and is_flat(before):
             return fuse_linear_bn_eval(layer, norm)
     return None
 
 
-def _is_flat(node: fx.Node) -> bool:
+def is_flat(node: fx.Node) -> bool:
     """Whether a linear's output is known to be (samples, features); on sequences a batch norm means another axis."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", ())
     return len(shape) == 2
