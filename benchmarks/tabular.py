@@ -115,6 +115,7 @@ def measure(folder: Path, work: Path, removed_pct: float, seed: int) -> dict[str
         next(row for row in outcome.scorecard.rows if row.model == name) for name in ("teacher", "student")
     )
     return {
+        "target_removed_pct": removed_pct,
         "removed_pct": round(100 * (1 - student.params / teacher.params), 3),
         "accuracy_pct": student.accuracy_pct,
         "teacher_accuracy_pct": teacher.accuracy_pct,
