@@ -100,7 +100,7 @@ def _set_out(
     place = torch.device(device) if accelerator.num_processes == 1 else accelerator.device
     guide = fold_batch_norms(observed(teacher, nodes, role="teacher").eval())
     guide = place_network(guide.requires_grad_(False), place, data)
-    course = Course(data, section, seed, guide, accelerator, place, _uses_bf16(section.precision, place))
+    course = Course(data, section, seed, guide, accelerator, place, _uses_bf16(section.precision, place), len(nodes))
     if is_compiled(section, steps=course.steps, device=place, processes=accelerator.num_processes):
         return replace(course, compiled=True)
     return course

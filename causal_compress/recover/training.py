@@ -46,6 +46,7 @@ class Course:
     accelerator: Accelerator
     device: torch.device
     bf16: bool
+    boundaries: int
     compiled: bool = False
     answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -264,14 +265,14 @@ def _step(course: Course, learner: Learner, batch: _Batch, step: int, rate: floa
 
 def _loss(course: Course, learner: Learner, batch: _Batch, step: int) -> Tensor:
     section = course.section
-    weight = section.boundary_weight * boundary_share_at(step, course.steps)
+    weight = section.boundary_weight * boundary_share_at(step, course.steps) if course.boundaries else 0.0
     wanted, wanted_inside = _taught(course, batch, inside=weight > 0)
     with course.autocast():
         logits, inside = answer(learner.parallel, batch.x)
     loss = (1.0 - section.label_weight) * kd_loss(logits, wanted, section.temperature)
     if section.label_weight > 0:
         loss = loss + section.label_weight * label_loss(logits, batch.labels, batch.counted)
-    return loss + weight * boundary_loss(inside, wanted_inside) if inside and weight > 0 else loss
+    return loss + weight * boundary_loss(inside, wanted_inside) if weight > 0 else loss
 
 
 def _taught(course: Course, batch: _Batch, *, inside: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
