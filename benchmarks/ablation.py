@@ -4,7 +4,7 @@
     python benchmarks/ablation.py --arch resnet56 --weights resnet56-4bfd9763.th --macs 0.4708 --seeds 0 ...
 
 All variants start from one analysis of a seed; the one without intervened inputs measures its candidates anew. How
-students recover and are read is said in equal_macs.py. Writes results/ablation.json.
+students recover and are read is said in equal_cost.py. Writes results/ablation.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from equal_macs import Case, Method, Pairs, carry_out, ours, run
+from equal_cost import Case, Method, Pairs, carry_out, ours, run
 from torch import Tensor, nn
 
 from causal_compress.recipe import BudgetSection
@@ -29,7 +29,7 @@ from causal_compress.shrink.refit import Solution, fit
 def without_rivals(case: Case, **changes: Any) -> tuple[nn.Module, Pairs]:
     """The plan of least predicted harm, not compared with one without merges; some settings of the plan changed."""
     section = case.recipe.plan.model_copy(update=changes)
-    budget = BudgetSection(macs=case.macs)
+    budget = BudgetSection(macs=case.limit)
     return carry_out(case, make_plan(case.candidates, case.effects, case.groups, budget, section))
 
 

@@ -5,7 +5,7 @@
 
 Peers: Torch-Pruning (inner channels, ranked over the whole network) by L1 group norm, Taylor, batch norm scale and
 random importance; blocks replaced by identity in the order of CKA; the L1 student's architecture from new weights. How
-students recover and are read is said in equal_macs.py. Writes results/peers.json.
+students recover and are read is said in equal_cost.py. Writes results/peers.json.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from equal_macs import SCRATCH, Case, Method, Pairs, ours, run
+from equal_cost import SCRATCH, Case, Method, Pairs, ours, run
 from torch import nn
 
 from causal_compress.inputs.models import build_model
-from causal_compress.understand.cost import count_macs
 
 TAYLOR_INPUTS = 512
 
 
 def torch_pruning(case: Case, importance: Callable[[], Any]) -> tuple[nn.Module, Pairs]:
-    """Torch-Pruning to the MACs asked for: the first convolution of each block loses channels, ranked globally."""
+    """Torch-Pruning to the cost asked for: the first convolution of each block loses channels, ranked globally."""
     low, high = 0.0, 1.0
     best: nn.Module | None = None
     for _ in range(12):
         ratio = (low + high) / 2
         pruned = _pruned(case, importance(), ratio)
-        if count_macs(pruned, case.data.example_input[:1]) <= case.macs * case.candidates.macs:
+        if case.cost(pruned) <= case.limit:
             best, high = pruned, ratio
         else:
             low = ratio
@@ -63,7 +62,7 @@ def _pruned(case: Case, importance: Any, ratio: float) -> nn.Module:
 
 
 def identities(case: Case) -> tuple[nn.Module, Pairs]:
-    """Blocks whose input and output are most alike become identities until the MACs are reached."""
+    """Blocks whose input and output are most alike become identities until the cost is reached."""
     model = build_model(case.recipe.model, classes=len(case.data.classes)).eval()
     regions = case.network.chain().regions
     alike = sorted(
@@ -71,7 +70,7 @@ def identities(case: Case) -> tuple[nn.Module, Pairs]:
         key=lambda index: -case.effects.cka[index - 1][index],
     )
     for index in alike:
-        if count_macs(model, case.data.example_input[:1]) <= case.macs * case.candidates.macs:
+        if case.cost(model) <= case.limit:
             break
         block = regions[index].modules[0].rpartition(".")[0]
         model.set_submodule(block, nn.Identity())

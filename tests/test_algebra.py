@@ -133,6 +133,7 @@ def test_a_run_with_folds_counts_against_the_whole_teacher_and_is_replayed(tmp_p
         "model.arch": f"{tmp_path / 'net.py'}:net", "data.source": f"npz:{tmp_path / 'd.npz'}", "data.channels": 3,
         "data.calibration": 128, "data.validation": 100, "plan.inputs": 64, "plan.heldout": 64, "plan.min_channels": 2,
         "intervene.inputs": 64, "budget.params": 0.2, "budget.macs": None, "benchmark": None, "distill": None,
+        "quantize": {},
     }  # fmt: skip
     recipe = load_recipe(None, [f"{key}={'null' if value is None else value}" for key, value in given.items()])
     outcome = compress(recipe, tmp_path / "run", force=True)

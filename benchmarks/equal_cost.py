@@ -1,4 +1,6 @@
-"""Students of one teacher at equal MACs, data and recovery: what peers.py and ablation.py have in common.
+"""Students of one teacher at equal cost, data and recovery: what peers.py and ablation.py have in common.
+
+The cost is MACs (--macs) and, where asked for, latency measured on ONNX Runtime, batch 1, one thread (--latency).
 
 A method makes a student of a Case; everything after that is the same for all. Batch norms are re-estimated on the
 calibration inputs where that lowers the output KL there; all recover by the same distillation; answers on the 10,000
@@ -13,7 +15,9 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from causal_compress.deploy.latency import time_models
 from causal_compress.errors import BudgetError
 from causal_compress.files import atomic_write_bytes, atomic_write_text
 from causal_compress.inputs.data import Data, Split, load_data
 from causal_compress.pipeline import analyze
 from causal_compress.provenance import machine
-from causal_compress.recipe import BudgetSection, DistillSection, Recipe
+from causal_compress.recipe import BudgetSection, DistillSection, LatencySection, Recipe
 from causal_compress.recipe_file import load_recipe
 from causal_compress.recover.distill import distill
 from causal_compress.results import Candidates, Effects, Groups, Plan
 from causal_compress.runs import read_result
 from causal_compress.shipped import find_recipe
 from causal_compress.shrink.front import fresh_front, output_kl
+from causal_compress.shrink.latency import measure_latency, plan_for_latency
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.prune import prune, reestimate_batch_norms
 from causal_compress.shrink.rewrite import rewrite
@@ -55,7 +61,7 @@ Pairs = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Case:
-    """The teacher, its data and analysis, for one seed; the recipe's budget is the share of MACs that is kept."""
+    """The teacher, its data and analysis, for one seed; the recipe's budget is the share of one cost that is kept."""
 
     recipe: Recipe
     data: Data
@@ -66,10 +72,30 @@ class Case:
     probe: Probe
 
     @property
-    def macs(self) -> float:
-        """Largest share of the teacher's MACs."""
-        assert self.recipe.budget.macs is not None
-        return self.recipe.budget.macs
+    def equal(self) -> str:
+        """What is equal for all methods: "macs" or "latency"."""
+        return "macs" if self.recipe.budget.latency_ms is None else "latency"
+
+    @property
+    def limit(self) -> float:
+        """Largest share of the teacher's cost."""
+        budget = self.recipe.budget
+        kept = budget.macs if budget.latency_ms is None else budget.latency_ms.keep
+        assert kept is not None
+        return kept
+
+    def macs_kept(self, model: nn.Module) -> float:
+        """Share of the teacher's MACs."""
+        return count_macs(model, self.data.example_input[:1]) / self.candidates.macs
+
+    def cost(self, model: nn.Module) -> float:
+        """Share of the teacher's cost that a student keeps."""
+        section = self.recipe.budget.latency_ms
+        if section is None:
+            return self.macs_kept(model)
+        example = self.data.example_input
+        student, teacher = time_models([(model.eval(), example), (self.network.teacher, example)], section)
+        return student / teacher
 
     @property
     def calibration(self) -> list[Tensor]:
@@ -81,7 +107,7 @@ Method = Callable[[Case], tuple[nn.Module, Pairs]]
 
 
 def open_case(given: argparse.Namespace, seed: int) -> Case:
-    """Analyse the teacher with one seed (or read the analysis back)."""
+    """Analyse the teacher with one seed (or read the analysis back), for a budget on MACs."""
     settings = [
         f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:{given.arch}",
         f"model.weights={given.weights}",
@@ -99,10 +125,24 @@ def open_case(given: argparse.Namespace, seed: int) -> Case:
     return Case(recipe, data, open_network(recipe, data), *known, candidates, probe_of(recipe, data))
 
 
+def contests(given: argparse.Namespace, seed: int) -> list[Case]:
+    """The same analysis with a budget on MACs and, where asked for, with one on latency."""
+    case = open_case(given, seed)
+    if given.latency is None:
+        return [case]
+    budget = BudgetSection(latency_ms=LatencySection(keep=given.latency))
+    return [case, replace(case, recipe=case.recipe.model_copy(update={"budget": budget}))]
+
+
 def ours(case: Case) -> tuple[nn.Module, Pairs]:
     """The product's own plan and surgery."""
-    known = (case.candidates, case.effects, case.groups)
-    return carry_out(case, plan_and_compare(case.network, known, case.recipe, case.probe))
+    known, recipe = (case.candidates, case.effects, case.groups), case.recipe
+    section = recipe.budget.latency_ms
+    if section is None:
+        return carry_out(case, plan_and_compare(case.network, known, recipe, case.probe))
+    timer = partial(time_models, section=section)
+    table = measure_latency(case.network, case.candidates, section, timer)
+    return carry_out(case, plan_for_latency(case.network, *known, recipe.budget, recipe.plan, table, timer))
 
 
 def carry_out(case: Case, plan: Plan) -> tuple[nn.Module, Pairs]:
@@ -146,21 +186,22 @@ def measure(case: Case, name: str, method: Method, epochs: int) -> tuple[NDArray
         model, _ = distill(
             model, teacher, pairs, case.data, section, seed=case.recipe.seed, device="cpu", progress_dir=None
         )
-    example = case.data.example_input[:1]
-    about = {"macs_kept": round(count_macs(model, example) / case.candidates.macs, 4), "params": count_params(model)}
+    about: dict[str, Any] = {"macs_kept": round(case.macs_kept(model), 4), "params": count_params(model)}
+    about["latency_kept"] = round(case.cost(model), 4) if case.equal == "latency" else None
     return answers(model, case.data.test), about
 
 
 def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epochs: int) -> dict[str, Any]:
     """One row, from --work if it is there; "hits" holds every single answer, None where there is no student."""
-    stem = f"{given.arch}-{case.macs:g}-{name.replace(' ', '-').replace(',', '')}-{epochs}-{case.recipe.seed}"
+    plain = name.replace(" ", "-").replace(",", "")
+    stem = f"{given.arch}-{case.equal}-{case.limit:g}-{plain}-{epochs}-{case.recipe.seed}"
     hits_file, about_file = given.work / f"{stem}.npy", given.work / f"{stem}.json"
-    row = {"arch": given.arch, "method": name, "recovery_epochs": epochs}
+    row = {"arch": given.arch, "equal": case.equal, "method": name, "recovery_epochs": epochs}
     if not about_file.exists():
         try:
             hits, about = measure(case, name, method, epochs)
         except BudgetError as error:
-            missing = {"macs_kept": None, "params": None, "accuracy_pct": None, "n": None}
+            missing = dict.fromkeys(("macs_kept", "params", "latency_kept", "accuracy_pct", "n"))
             return {**row, **missing, "why_none": error.what, "hits": None}
         with (given.work / f"{stem}.tmp").open("wb") as file:
             np.save(file, hits)
@@ -175,14 +216,14 @@ def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epo
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One seed's rows with their paired distance from ours [pp] instead of every single answer."""
-    best = {row["recovery_epochs"]: row["hits"] for row in rows if row["method"] == "ours"}
-    return [
-        {
-            **{key: value for key, value in row.items() if key != "hits"},
-            **_behind(row, best.get(row["recovery_epochs"])),
-        }
-        for row in rows
-    ]
+    best = {_contest(row): row["hits"] for row in rows if row["method"] == "ours"}
+    shown = [{key: value for key, value in row.items() if key != "hits"} for row in rows]
+    return [{**kept, **_behind(row, best.get(_contest(row)))} for kept, row in zip(shown, rows, strict=True)]
+
+
+def _contest(row: dict[str, Any]) -> tuple[str, int]:
+    """Students are compared with those of the same kind of cost and the same recovery."""
+    return row["equal"], row["recovery_epochs"]
 
 
 def _behind(row: dict[str, Any], best: NDArray[np.bool_] | None) -> dict[str, Any]:
@@ -197,13 +238,13 @@ def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Intervals say what chance of test images does; what chance of seeds does stands in the single rows.
     """
-    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if row["hits"] is not None:
-            kinds.setdefault((row["method"], row["recovery_epochs"]), []).append(row)
+            kinds.setdefault((row["method"], *_contest(row)), []).append(row)
     done = []
     for same in kinds.values():
-        kept = {key: same[0][key] for key in ("arch", "method", "recovery_epochs")}
+        kept = {key: same[0][key] for key in ("arch", "equal", "method", "recovery_epochs")}
         means = {key: round(float(np.mean([row[key] for row in same])), 4) for key in ("accuracy_pct", "macs_kept")}
         done.append({**kept, **means, "seeds": len(same), "hits": np.concatenate([row["hits"] for row in same])})
     return compared(done)
@@ -223,6 +264,7 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     parser.add_argument("--data", required=True, help="npz with CIFAR-10")
     parser.add_argument("--work", type=Path, required=True, help="analyses and answers are kept here")
     parser.add_argument("--macs", type=float, default=0.5, help="share that is kept")
+    parser.add_argument("--latency", type=float, help="beside it: share of the measured latency that is kept")
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
@@ -233,12 +275,10 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     content = {"schema": 1, "machine": machine(), "command": " ".join([f"python benchmarks/{script}.py", *shown])}
     rows: list[dict[str, Any]] = []
     for seed in given.seeds:
-        case = open_case(given, seed)
-        for epochs in given.epochs:
-            for name in given.methods:
-                if epochs or name != SCRATCH:
-                    rows.append({**row_of(given, case, name, methods[name], epochs), "seed": seed})
-                    print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
+        for case, epochs, name in product(contests(given, seed), given.epochs, given.methods):
+            if epochs or name != SCRATCH:
+                rows.append({**row_of(given, case, name, methods[name], epochs), "seed": seed})
+                print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
         single = [row for one in given.seeds for row in compared([row for row in rows if row["seed"] == one])]
         result = {**content, "rows": single, "over_seeds": pooled(rows)}
         atomic_write_text(given.out, json.dumps(result, indent=1) + "\n")
