@@ -1,7 +1,7 @@
 """Exact algebra: a network that computes the same with less, found before anything is measured.
 
-Two things can be had for nothing. A pooling that only repeats what it is given (an adaptive pooling to more positions
-than there are) can be left out when the linear layer behind it adds up its weights over the copies. And where every
+Two things can be had for nothing. A pooling to more positions than it is given (an adaptive pooling repeats or mixes
+what is there) can be left out when the linear layer behind it adds up its weights over the copies. And where every
 channel of the input is a copy of the first, the first layer can read that one alone.
 """
 
@@ -33,6 +33,9 @@ def simplify(network: Network, *, repeated: int = 1) -> Network:
 
     Returns:
         The same network where there is nothing to fold.
+
+    Limits: without its adaptive pooling a network takes inputs of the traced size only, and with one channel read it
+        answers to the first alone.
     """
     return folded(network, [*_repeating_pools(network.graph), *_copied_channels(network.graph, repeated)])
 
@@ -71,7 +74,7 @@ def saved(network: Network) -> tuple[int, int]:
 def told(folds: Sequence[Fold]) -> tuple[Change, ...]:
     """Folds as lines of the ledger: they do no harm, by construction."""
     why = {
-        "pooling": "the pooling before it only repeats them",
+        "pooling": "the pooling before it only repeats or mixes them",
         "channels": "the channels of every input are copies of the first",
     }
     return tuple(
