@@ -134,6 +134,7 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
         "drop_pp": student.drop_pp,
         "drop_ci_pp": student.drop_ci_pp,
         "n": student.n,
+        "pixels": SIDE,
         "epochs": given.epochs,
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "seed": seed,
