@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from causal_compress.progress import progress
 from causal_compress.provenance import machine
 from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
+from causal_compress.runs import read_provenance
 from causal_compress.shipped import find_recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,9 +120,9 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
     if not weights.exists():
         make_teacher(given.data, weights, seed)
     recipe = recipe_for(given.data, weights, 1 - removed_pct / 100, given.epochs, seed, given.threads)
-    started = time.perf_counter()
+    folder = work / f"run-{removed_pct:g}-{seed}"
     earlier = [found.parent for found in sorted(work.glob(f"run-*-{seed}/prune.json"))]  # its analysis serves again
-    card = compress(recipe, work / f"run-{removed_pct:g}-{seed}", reuse=earlier[0] if earlier else None).scorecard
+    card = compress(recipe, folder, reuse=earlier[0] if earlier else None).scorecard
     teacher, student = (next(row for row in card.rows if row.model == name) for name in ("teacher", "student"))
     return {
         "target_removed_pct": removed_pct,
@@ -136,7 +136,7 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
         "n": student.n,
         "pixels": SIDE,
         "epochs": given.epochs,
-        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "minutes": round(sum(stage.seconds for stage in read_provenance(folder).stages) / 60, 1),
         "seed": seed,
     }
 
