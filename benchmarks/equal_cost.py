@@ -234,20 +234,37 @@ def _behind(row: dict[str, Any], best: NDArray[np.bool_] | None) -> dict[str, An
 
 
 def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method over all its seeds: mean accuracy, and its distance from ours over the answers of all seeds, paired.
+    """Each method over all its seeds: mean accuracy, and its mean distance from ours, paired by seed and test image.
 
-    Intervals say what chance of test images does; what chance of seeds does stands in the single rows.
+    Seeds share their test images, so an image counts once: with the mean over seeds of what was right on it. Intervals
+    (normal, 95 %) say what chance of test images does; what chance of seeds does stands in the single rows.
     """
-    kinds: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row["hits"] is not None:
-            kinds.setdefault((row["method"], *_contest(row)), []).append(row)
+            kinds.setdefault((row["method"], *_contest(row)), {})[row["seed"]] = row
     done = []
-    for same in kinds.values():
-        kept = {key: same[0][key] for key in ("arch", "equal", "method", "recovery_epochs")}
-        means = {key: round(float(np.mean([row[key] for row in same])), 4) for key in ("accuracy_pct", "macs_kept")}
-        done.append({**kept, **means, "seeds": len(same), "hits": np.concatenate([row["hits"] for row in same])})
-    return compared(done)
+    for (method, *_), same in kinds.items():
+        first, seeds = next(iter(same.values())), list(same)
+        means = {
+            key: round(float(np.mean([row[key] for row in same.values()])), 4) for key in ("accuracy_pct", "macs_kept")
+        }
+        best = kinds.get(("ours", first["equal"], first["recovery_epochs"]), {})
+        distance = None
+        if method != "ours" and set(seeds) <= set(best):
+            rows_of = np.mean([best[seed]["hits"].astype(float) - same[seed]["hits"] for seed in seeds], axis=0)
+            mean, half = 100 * rows_of.mean(), 196 * rows_of.std(ddof=1) / len(rows_of) ** 0.5
+            distance = [mean, mean - half, mean + half]
+        done.append(
+            {
+                **{key: first[key] for key in ("arch", "equal", "method", "recovery_epochs")},
+                **means,
+                "seeds": len(seeds),
+                "behind_ours_pp": distance and distance[0],
+                "behind_ours_ci_pp": distance and distance[1:],
+            }
+        )
+    return done
 
 
 def run(methods: Mapping[str, Method], description: str | None, script: str) -> None:
