@@ -253,7 +253,7 @@ def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         distance = None
         if method != "ours" and set(seeds) <= set(best):
             rows_of = np.mean([best[seed]["hits"].astype(float) - same[seed]["hits"] for seed in seeds], axis=0)
-            mean, half = 100 * rows_of.mean(), 196 * rows_of.std(ddof=1) / len(rows_of) ** 0.5
+            mean, half = float(100 * rows_of.mean()), float(196 * rows_of.std(ddof=1) / len(rows_of) ** 0.5)
             distance = [mean, mean - half, mean + half]
         done.append(
             {
