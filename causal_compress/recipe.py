@@ -192,9 +192,7 @@ class DistillSection(Section):
         5.0, description="longer gradients are shortened to this norm; networks without batch norm need it; null: never"
     )
     temperature: Annotated[float, Field(gt=0)] = 4.0
-    label_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="share of the label loss; the rest is KD"
-    )
+    label_weight: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="of the label loss; the rest is KD")
     boundary_weight: Annotated[float, Field(ge=0)] = Field(
         1.0, description="weight of the normalised MSE at node boundaries, first third"
     )

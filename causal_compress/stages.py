@@ -1,7 +1,6 @@
 """Each stage of a run: what it needs, what it depends on, what it leaves in the run folder.
 
-Every stage writes its result before the next one starts, and weights are always read back from the folder, so a run
-that was killed goes on as if nothing had happened.
+Every stage writes its result first, and weights are read back from the folder: a killed run goes on as if unharmed.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _unnormed(graph: fx.GraphModule) -> list[fx.Node]:
         node
         for node in layers[:-1]
         if calls[str(node.target)] == 1
-        and get_module(graph, node).bias is not None  # type: ignore[union-attr]
+        and _has_bias(graph, node)
         and not any(isinstance(get_module(graph, user), BATCH_NORMS) for user in node.users)
     ]
 
@@ -80,6 +80,10 @@ def _unnormed(graph: fx.GraphModule) -> list[fx.Node]:
 def _is_layer(graph: fx.GraphModule, node: fx.Node) -> bool:
     module = get_module(graph, node)
     return isinstance(module, nn.Conv2d) or (type(module) is nn.Linear and is_flat(node))
+
+
+def _has_bias(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return getattr(get_module(graph, node), "bias", None) is not None
 
 
 def _insert(graph: fx.GraphModule, node: fx.Node) -> nn.Module:
