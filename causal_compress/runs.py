@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +34,7 @@ from causal_compress.files import atomic_write_bytes, atomic_write_text, sha256_
 from causal_compress.provenance import machine as machine
 from causal_compress.provenance import package_version, peak_memory, versions
 from causal_compress.recipe import Recipe
+from causal_compress.recipe_differences import refuse_another
 from causal_compress.recipe_file import recipe_sha256, recipe_yaml
 from causal_compress.results import Provenance, StageRecord
 from causal_compress.runfolder import disk_errors, folder_error, locked
@@ -229,7 +230,8 @@ def open_run(run_dir: Path, recipe: Recipe, *, command: Sequence[str], reuse: Pa
 
     Args:
         run_dir: The folder; made if absent.
-        recipe: What is asked for; a folder made for another recipe is refused.
+        recipe: What is asked for; a folder made for another recipe is refused. One made before a key of the recipe
+            existed is the same recipe's if the key has its default now.
         command: The command line, for run.json.
         reuse: Another run folder; stages with the same key are copied from it. It is only read.
 
@@ -310,41 +312,10 @@ def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Prove
         )
     old = read_provenance(folder)
     if old.recipe_sha256 != fingerprint:
-        raise _other_recipe(folder, recipe)
+        refuse_another(folder, folder / _RECIPE, recipe)
     if changed := sorted(name for name in {*old.versions, *now} if old.versions.get(name) != now.get(name)):
         logger.warning("%s is resumed with other versions than it was begun with: %s", folder, ", ".join(changed))
-    return replace(old, command=command, versions=now, machine=machine())
-
-
-def _other_recipe(folder: Path, recipe: Recipe) -> RunFolderError:
-    import yaml
-
-    there: Any = None
-    with suppress(OSError, yaml.YAMLError):
-        there = yaml.safe_load((folder / _RECIPE).read_text(encoding="utf-8"))
-    here = yaml.safe_load(recipe_yaml(recipe))
-    told = list(_differences(there, here)) if isinstance(there, dict) else []
-    shown, more = told[:12], [f"and {len(told) - 12} more"] if len(told) > 12 else []
-    return RunFolderError(
-        f"{folder} belongs to a run of another recipe",
-        found="; ".join([*shown, *more]) or "another fingerprint in run.json",
-        remedy=f"give another --out (with --reuse {folder} the stages that both share are taken over), "
-        "or the recipe that this folder was made with",
-    )
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Where two recipes differ; a section that only one of them has is one difference."""
-    for key in sorted({*there, *here}):
-        old, new, name = there.get(key), here.get(key), f"{prefix}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{name}.")
-        elif old != new:
-            yield f"{name} is {_said(old)} there, {_said(new)} now"
-
-
-def _said(value: Any) -> str:
-    return "given" if isinstance(value, dict) and value else repr(value)
+    return replace(old, command=command, recipe_sha256=fingerprint, versions=now, machine=machine())
 
 
 def _refuse_foreign(folder: Path) -> None:

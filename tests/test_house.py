@@ -33,6 +33,7 @@ FREE = {"__init__", "errors", "files", "progress", "provenance", "recipe", "reci
 ROOM_OF = {
     "runs": "runs",
     "runfolder": "runs",
+    "recipe_differences": "runs",
     "pipeline": "pipeline",
     "stages": "pipeline",
     "searching": "pipeline",

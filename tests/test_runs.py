@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from causal_compress import files, runs
 from causal_compress.errors import RunFolderError
 from causal_compress.files import atomic_write_bytes, sha256_of_file, sha256_of_json
 from causal_compress.provenance import machine, peak_memory
 from causal_compress.recipe import PlanSection, Recipe
+from causal_compress.recipe_file import recipe_sha256
 from causal_compress.results import Accuracy, Skip
 from causal_compress.runs import open_run, read_provenance, read_result
 
@@ -297,6 +299,24 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     assert "distill" in str(refusal.value)
     assert "--reuse" in str(refusal.value)
     assert snapshot(tmp_path) == before
+
+
+def test_a_folder_made_before_a_recipe_key_existed_goes_on(tmp_path):
+    work = Work()
+    run_once(tmp_path, work)
+    written = yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())
+    del written["distill"]["views"]
+    (tmp_path / "recipe.resolved.yaml").write_text(yaml.safe_dump(written))
+    told = json.loads((tmp_path / "run.json").read_text()) | {"recipe_sha256": "of the recipe without it"}
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    before = snapshot(tmp_path)
+    other = Recipe.model_validate({"distill": {"views": 4}})
+    with pytest.raises(RunFolderError, match="views is None there, 4 now"), opened(tmp_path, other):
+        pytest.fail("the key does not have its default now")
+    assert snapshot(tmp_path) == before
+    run_once(tmp_path, work)
+    assert work.calls == 1
+    assert read_provenance(tmp_path).recipe_sha256 == recipe_sha256(RECIPE)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

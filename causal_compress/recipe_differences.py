@@ -1,0 +1,58 @@
+"""Whether a folder was made with the recipe that is given now, and what differs if it was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from causal_compress.errors import RecipeError, RunFolderError
+from causal_compress.recipe import Recipe
+from causal_compress.recipe_file import load_recipe, recipe_yaml
+
+_MAX_SHOWN = 12
+
+
+def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
+    """Refuse a run folder of another recipe; keys that did not exist when it was made count as their defaults.
+
+    Args:
+        folder: The run folder.
+        file: The recipe it was made with.
+        recipe: What is asked for now.
+
+    Raises:
+        RunFolderError: They differ, or the file can't be read; says where they differ.
+    """
+    with suppress(RecipeError):
+        if load_recipe(file) == recipe:
+            return
+    there: Any = None
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    here = yaml.safe_load(recipe_yaml(recipe))
+    told = list(_differences(there, here)) if isinstance(there, dict) else []
+    shown, more = told[:_MAX_SHOWN], [f"and {len(told) - _MAX_SHOWN} more"] if len(told) > _MAX_SHOWN else []
+    raise RunFolderError(
+        f"{folder} belongs to a run of another recipe",
+        found="; ".join([*shown, *more]) or "another fingerprint in run.json",
+        remedy=f"give another --out (with --reuse {folder} the stages that both share are taken over), "
+        "or the recipe that this folder was made with",
+    )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Where two recipes differ; a section that only one of them has is one difference."""
+    for key in sorted({*there, *here}):
+        old, new, name = there.get(key), here.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{name}.")
+        elif old != new:
+            yield f"{name} is {_said(old)} there, {_said(new)} now"
+
+
+def _said(value: Any) -> str:
+    return "given" if isinstance(value, dict) and value else repr(value)
