@@ -20,7 +20,7 @@ from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint, compiling, training
 from causal_compress.recover.distill import distill
 from causal_compress.recover.losses import boundary_loss, kd_loss
-from causal_compress.recover.networks import answer, observed
+from causal_compress.recover.networks import answer, observed, unobserved
 
 CLASSES, SIZE = 3, 8
 
@@ -138,6 +138,32 @@ def test_compiled_training_follows_eager_training(student: nn.Module, teacher: n
     assert eager.state_dict().keys() == fused.state_dict().keys()
     for name, tensor in eager.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_boundaries_are_left_out_once_their_weight_is_gone(
+    monkeypatch: pytest.MonkeyPatch, student: nn.Module, teacher: nn.Module
+) -> None:
+    calls = []
+
+    def spied(network: nn.Module) -> nn.Module:
+        plain = unobserved(network)
+        plain.register_forward_pre_hook(lambda *_: calls.append(plain.training))
+        return plain
+
+    monkeypatch.setattr(training, "unobserved", spied)
+    trained, _ = run(student, teacher, section())
+    assert calls == [True] * 8  # 12 steps, the first third with boundaries
+    monkeypatch.setattr(training, "unobserved", lambda network: network)
+    assert same(trained.state_dict(), run(student, teacher, section())[0].state_dict())
+
+
+def test_a_network_without_its_boundaries_is_the_same_network(student: nn.Module) -> None:
+    watched = observed(student, ["relu_1"], role="student")
+    plain = unobserved(watched)
+    assert all(mine is theirs for mine, theirs in zip(plain.parameters(), watched.parameters(), strict=True))
+    x = torch.randn(4, 2, SIZE, SIZE)
+    assert torch.equal(plain(x), answer(watched, x)[0])
+    assert unobserved(plain) is plain
 
 
 def test_short_runs_are_not_compiled(student: nn.Module, teacher: nn.Module) -> None:

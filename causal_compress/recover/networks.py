@@ -54,6 +54,25 @@ def observed(network: nn.Module, nodes: Sequence[str], *, role: str) -> nn.Modul
     return graph
 
 
+def unobserved(network: nn.Module) -> nn.Module:
+    """The same layers, not copies of them, without the boundary activations: for steps in which nothing looks at them.
+
+    Args:
+        network: From `observed`; its modules and parameters are shared.
+
+    Returns:
+        A network that answers with the logits alone; the one passed in if it does so already.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return network
+    graph = copy.deepcopy(network.graph)
+    output = next(node for node in graph.nodes if node.op == "output")
+    if not isinstance(output.args[0], tuple):
+        return network
+    output.args = (output.args[0][0],)
+    return fx.GraphModule(network, graph)
+
+
 def answer(network: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Logits and boundary activations of an `observed` network; the latter empty where it has none.
 

@@ -21,7 +21,7 @@ from causal_compress.progress import progress
 from causal_compress.recipe import DistillSection, InterveneSection
 from causal_compress.recover.compiling import compiled
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
-from causal_compress.recover.networks import answer
+from causal_compress.recover.networks import answer, unobserved
 from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
 from causal_compress.results import Epoch
 from causal_compress.understand.intervene import intervened
@@ -67,10 +67,15 @@ class Course:
 
 @dataclass(frozen=True)
 class Learner:
-    """What training changes: the student (`parallel` is the same one, as prepared by Accelerate) and its average."""
+    """What training changes: the student and its average.
+
+    `parallel` and `plain` are the same student, as prepared by Accelerate: `plain` leaves the boundary activations
+    out, which are a seventh of a step even where their loss has no weight.
+    """
 
     student: nn.Module
     parallel: nn.Module
+    plain: nn.Module
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
 
@@ -130,9 +135,10 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
     if section.ema > 0:
         average = AveragedModel(student, multi_avg_fn=_averaging(section.ema), use_buffers=True)
     parallel, optimizer = course.accelerator.prepare(student, optimizer)
+    plain = unobserved(student) if parallel is student else parallel
     if course.compiled:
-        parallel = compiled(parallel)
-    return Learner(student, parallel, optimizer, average)
+        parallel, plain = compiled(parallel), compiled(plain)
+    return Learner(student, parallel, plain, optimizer, average)
 
 
 def _averaging(decay: float) -> Callable[..., None]:
@@ -164,6 +170,7 @@ def train_epoch(course: Course, learner: Learner, index: int) -> Epoch:
             all inputs alike.
     """
     learner.parallel.train()
+    learner.plain.train()
     _rest_dropout(learner.student)
     total, rate = torch.zeros((), device=course.device), 0.0
     started = time.perf_counter()
@@ -268,7 +275,7 @@ def _loss(course: Course, learner: Learner, batch: _Batch, step: int) -> Tensor:
     weight = section.boundary_weight * boundary_share_at(step, course.steps) if course.boundaries else 0.0
     wanted, wanted_inside = _taught(course, batch, inside=weight > 0)
     with course.autocast():
-        logits, inside = answer(learner.parallel, batch.x)
+        logits, inside = answer(learner.parallel if weight > 0 else learner.plain, batch.x)
     loss = (1.0 - section.label_weight) * kd_loss(logits, wanted, section.temperature)
     if section.label_weight > 0:
         loss = loss + section.label_weight * label_loss(logits, batch.labels, batch.counted)
