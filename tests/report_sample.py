@@ -302,7 +302,8 @@ def png(i: int, side: int = 32) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def sample() -> ReportInput:
+def disagreements() -> tuple[Disagreement, ...]:
+    """Seven images, and a row of a table."""
     names = ("airplane", "cat", "dog", "ship", HOSTILE, QUOTED)
     examples = [
         Disagreement(
@@ -323,52 +324,72 @@ def sample() -> ReportInput:
             row=f"duration = 0\nservice = {HOSTILE}",
         )
     )
+    return tuple(examples)
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        budget=BudgetSection(macs=0.55, params=None, max_accuracy_drop=1.5),
+        distill=DistillSection(),
+        report=ReportSection(title="ResNet-56 on CIFAR-10"),
+    )
+
+
+def teacher() -> TeacherScore:
+    return TeacherScore(
+        accuracy=accuracy(93.3),
+        chance_pct=10.0,
+        macs=125_500_000,
+        params=853_000,
+        size_bytes=3_480_000,
+        classes=10,
+    )
+
+
+def candidates() -> Candidates:
+    return Candidates(
+        rows=tuple(d.candidate for d in plan().decisions),
+        cut_groups={},
+        regions=LEVELS,
+        macs=125_500_000,
+        params=853_000,
+        skipped=(),
+        inputs=512,
+        heldout=256,
+        seconds=200.0,
+    )
+
+
+def exported() -> Exported:
     parity = Parity(inputs=512, max_abs_diff=3.1e-6, agreement_pct=100.0, batches=(1, 7, 256))
+    return Exported(
+        onnx="model.onnx",
+        opset=18,
+        size_bytes=1_720_000,
+        sha256="d" * 64,
+        parity=parity,
+        pt2="model.pt2",
+        pt2_parity=parity,
+        teacher_onnx="teacher.onnx",
+        nodes_before=204,
+        nodes_after=131,
+    )
+
+
+def sample() -> ReportInput:
     return ReportInput(
-        recipe=Recipe(
-            budget=BudgetSection(macs=0.55, params=None, max_accuracy_drop=1.5),
-            distill=DistillSection(),
-            report=ReportSection(title="ResNet-56 on CIFAR-10"),
-        ),
+        recipe=recipe(),
         provenance=provenance(),
-        teacher=TeacherScore(
-            accuracy=accuracy(93.3),
-            chance_pct=10.0,
-            macs=125_500_000,
-            params=853_000,
-            size_bytes=3_480_000,
-            classes=10,
-        ),
+        teacher=teacher(),
         effects=effects(),
         groups=groups(),
-        candidates=Candidates(
-            rows=tuple(d.candidate for d in plan().decisions),
-            cut_groups={},
-            regions=LEVELS,
-            macs=125_500_000,
-            params=853_000,
-            skipped=(),
-            inputs=512,
-            heldout=256,
-            seconds=200.0,
-        ),
+        candidates=candidates(),
         plan=plan(),
         rewritten=log("rewrite", 91.6, 0.048),
         pruned=log("prune", 91.0, 0.069),
         distilled=distilled(),
-        exported=Exported(
-            onnx="model.onnx",
-            opset=18,
-            size_bytes=1_720_000,
-            sha256="d" * 64,
-            parity=parity,
-            pt2="model.pt2",
-            pt2_parity=parity,
-            teacher_onnx="teacher.onnx",
-            nodes_before=204,
-            nodes_after=131,
-        ),
+        exported=exported(),
         scorecard=scorecard(),
-        disagreements=tuple(examples),
+        disagreements=disagreements(),
         disagreed=(431, 10_000),
     )

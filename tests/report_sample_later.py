@@ -70,9 +70,8 @@ def corruption(name: str, severity: int) -> CorruptionRow:
     )
 
 
-def audit() -> Audit:
-    kinds = ("noise", "blur", "contrast", "jpeg")
-    gallery = tuple(
+def gallery() -> tuple[Parting, ...]:
+    return tuple(
         Parting(
             index=40 + i,
             true_class=NAMES[i % 10],
@@ -84,6 +83,9 @@ def audit() -> Audit:
         )
         for i in range(7)
     )
+
+
+def map_drift() -> MapDrift:
     nodes = tuple(
         NodeDrift(
             node=region(i).name,
@@ -94,57 +96,74 @@ def audit() -> Audit:
         )
         for i in (0, 3, 7, 10, 16, 20, 25, 26, 28)
     )
+    return MapDrift(nodes=nodes, inputs=256, student=0.98, floor=1.0)
+
+
+def attribution_drift() -> AttributionDrift:
+    return AttributionDrift(
+        features=16,
+        masks=128,
+        baseline="mean",
+        student=estimate(0.71, 0.03, 64),
+        floor=estimate(0.74, 0.03, 64),
+        beyond_floor=estimate(0.03, 0.02, 64),
+        apart=estimate(0.44, 0.04, 64),
+        per_input=(0.7,) * 64,
+    )
+
+
+def flips() -> Flips:
+    return Flips(
+        n=10_000,
+        both_right=9108,
+        right_to_wrong=231,
+        wrong_to_right=112,
+        wrong_to_other_wrong=88,
+        same_wrong=461,
+        agreement=accuracy(95.69, 10_000),
+        commonest=(FlipPath(true_class=QUOTED, teacher_class=QUOTED, student_class=HOSTILE, count=41),),
+    )
+
+
+def quality() -> tuple[Quality, ...]:
+    rows = (
+        ("overconfidence", "share", 0.0392, 0.0441, estimate(0.0049, 0.0031, 10_000)),
+        ("ece", "share", 0.0392, 0.0441, None),
+        ("nll", "nats an input", 0.28, 0.31, estimate(0.03, 0.01, 10_000)),
+        ("brier", "0 to 2", 0.11, 0.12, estimate(0.01, 0.012, 10_000)),
+    )
+    return tuple(
+        Quality(measure=measure, unit=unit, teacher=before, student=after, change=change)
+        for measure, unit, before, after, change in rows
+    )
+
+
+def group_gaps() -> GroupGaps:
+    return GroupGaps(
+        column=HOSTILE,
+        rows=group_rows(("tcp", "udp", QUOTED)),
+        fewest=20,
+        teacher_gap_pp=4.0,
+        student_gap_pp=7.3,
+        growth_pp=estimate(3.3, 1.1),
+    )
+
+
+def audit() -> Audit:
+    kinds = ("noise", "blur", "contrast", "jpeg")
     return Audit(
         split="test",
         n=10_000,
         classes=10,
         overall=compared(93.39, 1.19, 0.31, 10_000),
         per_class=group_rows(NAMES),
-        flips=Flips(
-            n=10_000,
-            both_right=9108,
-            right_to_wrong=231,
-            wrong_to_right=112,
-            wrong_to_other_wrong=88,
-            same_wrong=461,
-            agreement=accuracy(95.69, 10_000),
-            commonest=(FlipPath(true_class=QUOTED, teacher_class=QUOTED, student_class=HOSTILE, count=41),),
-        ),
-        quality=(
-            Quality(
-                measure="overconfidence",
-                unit="share",
-                teacher=0.0392,
-                student=0.0441,
-                change=estimate(0.0049, 0.0031, 10_000),
-            ),
-            Quality(measure="ece", unit="share", teacher=0.0392, student=0.0441, change=None),
-            Quality(
-                measure="nll", unit="nats an input", teacher=0.28, student=0.31, change=estimate(0.03, 0.01, 10_000)
-            ),
-            Quality(measure="brier", unit="0 to 2", teacher=0.11, student=0.12, change=estimate(0.01, 0.012, 10_000)),
-        ),
+        flips=flips(),
+        quality=quality(),
         corruptions=(corruption("none", 0), *(corruption(kind, level) for kind in kinds for level in (1, 2, 3))),
-        groups=GroupGaps(
-            column=HOSTILE,
-            rows=group_rows(("tcp", "udp", QUOTED)),
-            fewest=20,
-            teacher_gap_pp=4.0,
-            student_gap_pp=7.3,
-            growth_pp=estimate(3.3, 1.1),
-        ),
-        attribution=AttributionDrift(
-            features=16,
-            masks=128,
-            baseline="mean",
-            student=estimate(0.71, 0.03, 64),
-            floor=estimate(0.74, 0.03, 64),
-            beyond_floor=estimate(0.03, 0.02, 64),
-            apart=estimate(0.44, 0.04, 64),
-            per_input=(0.7,) * 64,
-        ),
-        causal_map=MapDrift(nodes=nodes, inputs=256, student=0.98, floor=1.0),
-        gallery=gallery,
+        groups=group_gaps(),
+        attribution=attribution_drift(),
+        causal_map=map_drift(),
+        gallery=gallery(),
         skipped=(Skip(what=f"causal effect at {HOSTILE}", reason="it lies inside a merged node"),),
         seed=0,
         seconds=212.0,

@@ -1,4 +1,4 @@
-"""Training, finding, keeping and showing counterfactuals, on small problems whose answers are known."""
+"""Training, finding, keeping and showing counterfactuals of rows, on a small problem whose answers are known."""
 
 import json
 from dataclasses import replace
@@ -7,35 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from counterfactual_sample import SMALL, check, turned, untrained
 from torch import nn
 
 from causal_compress.cli import main
 from causal_compress.counterfactual import contrast as contrasting
-from causal_compress.counterfactual.bias import bias_of
-from causal_compress.counterfactual.constraints import Domain, domain_of
+from causal_compress.counterfactual.constraints import Domain
 from causal_compress.counterfactual.contrast import contrast, parting_site
-from causal_compress.counterfactual.explainer import (
-    Explainer,
-    Found,
-    _refine,
-    describe,
-    find,
-    target_of,
-    train_counterfactuals,
-)
+from causal_compress.counterfactual.explainer import Found, _refine, describe, find, target_of, train_counterfactuals
 from causal_compress.counterfactual.folder import DESCRIPTION, WEIGHTS, load_explainer, save_explainer
-from causal_compress.counterfactual.generator import Critic, ImageGenerator, build_generator
-from causal_compress.counterfactual.page import counterfactual_page, picture_png
 from causal_compress.counterfactual.training import judge_of, other_classes, suspicions, target_loss
 from causal_compress.errors import CheckpointError, NumericalError, UsageError
 from causal_compress.inputs.data import load_data
 from causal_compress.recipe import CounterfactualSection, DataSection
-from causal_compress.results import CounterfactualTraining, SitePart, TrainingCheck
+from causal_compress.results import SitePart
 from causal_compress.understand.teacher import weights_sha256
 from causal_compress.understand.trace import trace
 
 SCALES = {"mean": [0] * 3, "std": [1, 1, 10]}
-SMALL = CounterfactualSection(steps=120, batch_size=32, width=4, checks=2, probe=60, ema=0.9, learning_rate=2e-3)
 
 
 class Sum(nn.Module):
@@ -94,11 +83,6 @@ def explainer(network, table):
     return train_counterfactuals(network, table, SMALL, seed=0)
 
 
-def turned(explainer, split, count=40):
-    x, _ = split.take(range(count))
-    return x, 1 - explainer.judge(x)[1].argmax(1)
-
-
 def test_a_trained_generator_turns_rows_without_breaking_constraints(explainer, table):
     x, target = turned(explainer, table.test)
     found = find(explainer, x, target)
@@ -148,12 +132,6 @@ def test_divergence_ends_training_with_an_error(network, table):
         train_counterfactuals(network, table, SMALL.model_copy(update={"learning_rate": 1e6}), seed=0)
 
 
-def check(step=10, **changed):
-    values = {"validity_pct": 99.0, "diversity": 0.9, "critic_accuracy_pct": 70.0, "n": 512}
-    values |= {"critic_loss": 1.0, "generator_loss": 1.0, "proximity": 0.1}
-    return TrainingCheck(step=step, **(values | changed))
-
-
 @pytest.mark.parametrize(
     ("checks", "said"),
     [
@@ -196,29 +174,6 @@ def test_targets_are_checked(explainer, table):
         target_of(explainer, "maybe")
     with pytest.raises(UsageError, match="no site 'nowhere'"):
         judge_of(trace(Sum(), table.example_input), "nowhere", torch.device("cpu"))
-
-
-def untrained(network, data, section):
-    """An explainer whose generator has learnt nothing: it leaves inputs nearly as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        domain = domain_of(data, section)
-        generator = build_generator(domain, data.input_shape, len(data.classes), section.width)
-    trained = CounterfactualTraining(
-        steps=1,
-        seconds=0.0,
-        seed=0,
-        generator_params=1,
-        critic_params=1,
-        perceptual_site="first",
-        network_sha256=weights_sha256(network.graph),
-        data_sha256="",
-        checks=(check(),),
-        warnings=(),
-    )
-    judge = judge_of(network, None, torch.device("cpu"))
-    frozen = generator.eval().requires_grad_(False)
-    return Explainer(judge, frozen, domain, data.features, data.classes, data.input_shape, section, trained)
 
 
 def test_refinement_turns_what_the_generator_does_not(network, table):
@@ -297,89 +252,6 @@ def test_contrast_sees_units_and_effects(explainer, network, table):
     assert same.parts_at is None
 
 
-def planted(side=8):
-    """Images of noise; the mark in the corner says the class, and the network looks at nothing else."""
-    draws = np.random.default_rng(0)
-    labels = np.arange(120) % 2
-    x = draws.integers(0, 200, size=(120, side, side, 1)).astype(np.uint8)
-    x[:, :2, :2] = (labels * 255)[:, None, None, None]
-    return x, labels
-
-
-class Corner(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.look = nn.Conv2d(1, 2, 8)
-        with torch.no_grad():
-            self.look.weight.zero_()
-            self.look.weight[:, 0, :2, :2] = torch.tensor([-1.0, 1.0])[:, None, None]
-            self.look.bias.copy_(torch.tensor([2.0, -2.0]))
-
-    def forward(self, x):
-        return self.look(x).flatten(1)
-
-
-@pytest.fixture
-def images(tmp_path):
-    x, y = planted()
-    np.savez(tmp_path / "planted.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
-    return load_data(DataSection(source=f"npz:{tmp_path / 'planted.npz'}", calibration=16, validation=50), seed=0)
-
-
-def test_the_bias_probe_names_a_planted_mark(images):
-    network = trace(Corner(), images.example_input)
-    explainer = untrained(network, images, CounterfactualSection(width=4))
-    count = len(images.validation)
-    x, _ = images.validation.take(range(count))
-    predicted = explainer.judge(x)[1].argmax(1)
-    made = x.clone()
-    made[:, :, :2, :2] = 1 - made[:, :, :2, :2]  # what decides
-    made[:, :, 6:, 6:] = 0.5  # what doesn't
-    found = Found(x, made, predicted, 1 - predicted, 1 - predicted, torch.ones(count), ("valid",) * count)
-    probe = bias_of(explainer, found, images.validation)
-    assert (probe.n, probe.invalid, len(probe.pairs)) == (count, 0, 2)
-    for pair in probe.pairs:
-        assert pair.features[0].feature == "row 1, column 1"
-        assert (pair.features[0].alone_pct, pair.features[0].needed_pct) == (100, 100)
-        assert [share.alone_pct for share in pair.features[1:]] == [0]
-    assert len(probe.warnings) == 2
-    assert "nearly constant within each class" in probe.warnings[0]
-    watched = CounterfactualSection(width=4, watch=["row 4, column 4"])  # changed, but it decides nothing
-    assert len(bias_of(replace(explainer, section=watched), found, images.validation).warnings) == 2
-    with pytest.raises(UsageError, match="no feature 'row 9'"):
-        bias_of(replace(explainer, section=CounterfactualSection(watch=["row 9"])), found, images.validation)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (3, 45, 30)])
-def test_generator_and_critic_fit_any_size(shape):
-    low, high = torch.zeros(shape[0], 1, 1) - 1, torch.zeros(shape[0], 1, 1) + 2
-    generator = ImageGenerator(shape, 3, 8, low, high)
-    x = torch.rand(2, *shape) * 3 - 1
-    made = generator(x, torch.tensor([0, 2]))
-    assert made.shape == x.shape
-    assert bool((made >= -1).all())
-    assert bool((made <= 2).all())
-    assert generator.decode(generator.encode(x, torch.tensor([0, 2])), x).equal(made)
-    score, names = Critic(shape, 3, 8)(made, torch.tensor([0, 2]))
-    assert (score.shape, names.shape) == ((2,), (2, 3))
-
-
-def test_images_are_trained_on_and_a_page_escapes_names(images):
-    network = trace(Corner(), images.example_input)
-    explainer = train_counterfactuals(network, images, SMALL.model_copy(update={"steps": 8}), seed=0)
-    hostile = replace(explainer, classes=("<script>alert(1)</script>", '"&'))
-    x, target = turned(hostile, images.test, 1)
-    found = find(hostile, x, target)
-    page = counterfactual_page(hostile, found, contrast(hostile, network, found, images.test, 0))
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page.replace("http-equiv", "")
-    assert picture_png(hostile, found).startswith(b"\x89PNG")
-    pixel = found.counterfactual * 255
-    assert (pixel - pixel.round()).abs().max() < 1e-3
-
-
 def test_the_commands_train_and_show(csv, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -432,16 +304,6 @@ def test_a_hit_counts_whatever_its_loss():
     found, rising = _refine(asked, x, torch.tensor([0]), x)
     assert found.unique().tolist() == [2.0]
     assert not rising.any()
-
-
-@pytest.mark.parametrize("width", [1, 5, 6, 12])
-@pytest.mark.parametrize("shape", [(1, 8, 32), (3, 16, 16)])
-def test_any_width_and_any_side_make_a_generator(width, shape):
-    low, high = torch.zeros(shape[0], 1, 1), torch.ones(shape[0], 1, 1)
-    x = torch.rand(2, *shape)
-    target = torch.tensor([0, 1])
-    assert ImageGenerator(shape, 3, width, low, high)(x, target).shape == x.shape
-    assert Critic(shape, 3, width)(x, target)[0].shape == (2,)
 
 
 def test_class_means_come_from_anywhere_in_the_split_a_batch_at_a_time(table, network, monkeypatch):

@@ -1,181 +1,26 @@
-"""Distillation on networks so small that a run takes a moment, with stand-ins for the data."""
+"""Distillation on small networks: what the student learns from, what is left alone, what is refused."""
 
 import copy
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import distill_sample
 import pytest
 import torch
-import torch.nn.functional as F
+from distill_sample import BOUNDARY, CLASSES, SIZE, Net, data, network, run, same, section
 from torch import Tensor, fx, nn
 
-from causal_compress.errors import DataError, MissingPackageError, NumericalError, RunFolderError, TraceError
-from causal_compress.recipe import DistillSection
-from causal_compress.recover import checkpoint, compiling, training
-from causal_compress.recover.distill import distill
+from causal_compress.errors import DataError, NumericalError, TraceError
+from causal_compress.recover import training
 from causal_compress.recover.losses import boundary_loss, kd_loss
-from causal_compress.recover.networks import answer, observed, unobserved
+from causal_compress.recover.networks import answer, observed
 
-CLASSES, SIZE = 3, 8
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A split whose rows are tensors in memory."""
-
-    x: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(
-        self, batch_size: int, *, limit: int | None = None, shuffle_seed: int | None = None, augment: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self))
-        if shuffle_seed is not None:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))
-        for chosen in order[:limit].split(batch_size):
-            yield self.x[chosen], self.labels[chosen]
-
-
-class Net(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.mix = nn.Conv2d(width, 4, 1)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.mix(F.relu(self.bn(self.conv(x)))))
-        return self.head(x.mean((2, 3)))
-
-
-BOUNDARY = (("relu_1", "relu_1"),)
-
-
-def network(width: int, seed: int) -> fx.GraphModule:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        net = Net(width)
-        nn.init.uniform_(net.bn.weight, 0.5, 1.5)
-        nn.init.uniform_(net.bn.running_mean, -0.2, 0.2)
-        nn.init.uniform_(net.bn.running_var, 0.5, 1.5)
-        net.mix.weight.mul_(3.0)
-        net.head.weight.mul_(3.0)
-    return fx.symbolic_trace(net.eval())
-
-
-def rows(count: int, teacher: nn.Module, seed: int) -> Rows:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 2, SIZE, SIZE, generator=generator) + 2.0 * torch.randn(count, 2, 1, 1, generator=generator)
-    with torch.no_grad():
-        return Rows(x, teacher(x).argmax(1))
-
-
-def data(teacher: nn.Module) -> Any:
-    features = SimpleNamespace(
-        kind="image", names=(), columns=(), zero=torch.zeros(2, 1, 1), mean=torch.full((2, 1, 1), 0.1)
-    )
-    train = rows(128, teacher, 1)
-    return SimpleNamespace(
-        train=train,
-        validation=rows(64, teacher, 2),
-        features=features,
-        kind="image",
-        input_shape=(2, SIZE, SIZE),
-        example_input=train.x[:2],
-        fingerprint="rows 1 and 2",
-    )
-
-
-def section(**changes: Any) -> DistillSection:
-    return DistillSection(**{"epochs": 3, "batch_size": 32, "precision": "fp32", **changes})
-
-
-def run(student: nn.Module, teacher: nn.Module, settings: DistillSection, **changes: Any) -> Any:
-    boundaries = changes.pop("boundaries", BOUNDARY)
-    source = changes.pop("data", None) or data(teacher)
-    usual = {"seed": 0, "device": "cpu", "progress_dir": None}
-    return distill(student, teacher, boundaries, source, settings, **{**usual, **changes})
+teacher, student = distill_sample.teacher, distill_sample.student  # fixtures
 
 
 def divergence(student: nn.Module, teacher: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         return kd_loss(student(x), teacher(x), 1.0).item()
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.fixture
-def teacher() -> fx.GraphModule:
-    return network(12, 0)
-
-
-@pytest.fixture
-def student() -> fx.GraphModule:
-    return network(6, 1)
-
-
-def test_compiled_training_follows_eager_training(student: nn.Module, teacher: nn.Module) -> None:
-    pytest.importorskip("torch._inductor")
-    settings = {"epochs": 2, "batch_size": 32, "precision": "fp32"}
-    eager, told = run(student, teacher, DistillSection(**settings, compile=False))
-    try:
-        fused, also_told = run(student, teacher, DistillSection(**settings, compile=True))
-    except MissingPackageError as error:
-        pytest.skip(f"nothing here can compile: {error.found}")
-    assert (told.compiled, also_told.compiled) == (False, True)
-    assert eager.state_dict().keys() == fused.state_dict().keys()
-    for name, tensor in eager.state_dict().items():
-        torch.testing.assert_close(fused.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
-
-
-def test_boundaries_are_left_out_once_their_weight_is_gone(
-    monkeypatch: pytest.MonkeyPatch, student: nn.Module, teacher: nn.Module
-) -> None:
-    calls = []
-
-    def spied(network: nn.Module) -> nn.Module:
-        plain = unobserved(network)
-        plain.register_forward_pre_hook(lambda *_: calls.append(plain.training))
-        return plain
-
-    monkeypatch.setattr(training, "unobserved", spied)
-    trained, _ = run(student, teacher, section())
-    assert calls == [True] * 8  # 12 steps, the first third with boundaries
-    monkeypatch.setattr(training, "unobserved", lambda network: network)
-    assert same(trained.state_dict(), run(student, teacher, section())[0].state_dict())
-
-
-def test_a_network_without_its_boundaries_is_the_same_network(student: nn.Module) -> None:
-    watched = observed(student, ["relu_1"], role="student")
-    plain = unobserved(watched)
-    assert all(mine is theirs for mine, theirs in zip(plain.parameters(), watched.parameters(), strict=True))
-    x = torch.randn(4, 2, SIZE, SIZE)
-    assert torch.equal(plain(x), answer(watched, x)[0])
-    assert unobserved(plain) is plain
-
-
-def test_short_runs_are_not_compiled(student: nn.Module, teacher: nn.Module) -> None:
-    assert not run(student, teacher, section())[1].compiled
-
-
-def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, student: nn.Module, teacher: nn.Module) -> None:
-    monkeypatch.setattr(compiling, "_fault", lambda _: "no working C++ compiler")
-    with pytest.raises(MissingPackageError, match="C\\+\\+ compiler"):
-        run(student, teacher, section(compile=True))
-    monkeypatch.setattr(compiling, "_WORTHWHILE_STEPS", 1)
-    assert not run(student, teacher, section(compile="auto"))[1].compiled
 
 
 def test_student_approaches_the_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -212,57 +57,6 @@ def test_no_epochs_give_an_equal_copy(student: nn.Module, teacher: nn.Module) ->
     assert same(trained.state_dict(), student.state_dict())
     assert (result.epochs, result.averaged, result.images_per_second) == ((), False, 0.0)
     assert result.validation.n == 64
-
-
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_resumed_run_equals_an_uninterrupted_one(
-    student: nn.Module, teacher: nn.Module, tmp_path: Path, ema: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = section(epochs=4, ema=ema)
-    whole, told = run(student, teacher, settings)
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", interrupting_after(2, checkpoint.save))
-        with pytest.raises(KeyboardInterrupt):
-            run(student, teacher, settings, progress_dir=tmp_path / "stage")
-    resumed, told_again = run(student, teacher, settings, progress_dir=tmp_path / "stage")
-    assert same(whole.state_dict(), resumed.state_dict())
-    assert [epoch.loss for epoch in told.epochs] == [epoch.loss for epoch in told_again.epochs]
-    assert list((tmp_path / "stage").iterdir()) == [tmp_path / "stage" / checkpoint.FILE_NAME]
-
-
-def interrupting_after(epochs: int, save: Any) -> Any:
-    def save_then_stop(folder: Path, stamp: str, state: dict[str, Any]) -> None:
-        save(folder, stamp, state)
-        if len(state["history"]) == epochs:
-            raise KeyboardInterrupt
-
-    return save_then_stop
-
-
-def test_finished_run_is_not_trained_again(
-    student: nn.Module, teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, _ = run(student, teacher, section(epochs=1), progress_dir=tmp_path)
-    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("trained again"))
-    again, _ = run(student, teacher, section(epochs=1), progress_dir=tmp_path)
-    assert same(first.state_dict(), again.state_dict())
-
-
-def test_progress_of_another_run_is_passed_over(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
-    run(student, teacher, section(epochs=1), progress_dir=tmp_path)
-    for changes in ({"seed": 1}, {"settings": section(epochs=1, learning_rate=0.01)}):
-        settings = changes.pop("settings", section(epochs=1))
-        anew, _ = run(student, teacher, settings, **changes)
-        beside, _ = run(student, teacher, settings, progress_dir=tmp_path, **changes)
-        assert same(anew.state_dict(), beside.state_dict())
-
-
-def test_damaged_progress_is_refused(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
-    run(student, teacher, section(epochs=1), progress_dir=tmp_path)
-    path = tmp_path / checkpoint.FILE_NAME
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(RunFolderError, match="delete"):
-        run(student, teacher, section(epochs=1), progress_dir=tmp_path)
 
 
 def test_nan_stops_before_the_step(student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,35 +260,3 @@ def test_wrong_boundaries_are_refused(
 def test_batches_of_one_are_refused(student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(DataError, match="too small"):
         run(student, teacher, section(batch_size=1))
-
-
-LAUNCHED = """
-import sys, torch
-from test_distill import BOUNDARY, data, network, section
-from causal_compress.recover.distill import distill
-teacher = network(12, 0)
-trained, result = distill(
-    network(6, 1), teacher, BOUNDARY, data(teacher), section(epochs=2), seed=0, device="cpu", progress_dir=None
-)
-from accelerate import PartialState
-state = PartialState()
-assert result.processes == 2, result.processes
-torch.save(trained.state_dict(), f"{sys.argv[1]}/{state.process_index}.pt")
-"""
-
-
-def test_two_processes_train_one_student(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in (0, 1))
-    weights = [name for name in first if "running" not in name]
-    assert all(torch.equal(first[name], second[name]) for name in weights)
-    alone, _ = run(student, teacher, section(epochs=2))
-    torch.testing.assert_close(first["head.weight"], alone.state_dict()["head.weight"], atol=0.05, rtol=0.0)
