@@ -1,3 +1,5 @@
+"""The benchmark: calls alternate, medians have intervals, and `no difference` is said where there is none."""
+
 import csv
 import dataclasses
 import io

@@ -1,3 +1,5 @@
+"""The command line: help, exit codes, errors, and what goes where."""
+
 import errno
 import json
 import os

@@ -1,3 +1,5 @@
+"""MACs and parameters, counted by hand and by the tool."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""What `doctor` finds on a machine, and the remedy it names."""
+
 import dataclasses
 import json
 import sys

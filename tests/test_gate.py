@@ -1,3 +1,5 @@
+"""The gate for CI: what passes, what fails, what can't be judged."""
+
 import json
 
 import pytest

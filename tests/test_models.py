@@ -1,3 +1,5 @@
+"""Checkpoints of every form become networks, or an error that says what is wrong."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,3 +1,5 @@
+"""The model in one file: saved, loaded without its source, trained on."""
+
 import io
 import json
 import subprocess

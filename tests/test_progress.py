@@ -1,3 +1,5 @@
+"""Progress: bars on a terminal, lines in a pipe, nothing in library use."""
+
 import io
 import logging
 

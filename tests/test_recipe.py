@@ -1,3 +1,5 @@
+"""Recipes: defaults, overrides, and faults with file, line and key."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Every runtime gives the model's logits."""
+
 import builtins
 import importlib.util
 import sys

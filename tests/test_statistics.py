@@ -1,3 +1,5 @@
+"""Intervals and tests, by hand and against scipy."""
+
 import numpy as np
 import pytest
 from hypothesis import given
