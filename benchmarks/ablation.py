@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from equal_cost import Case, Method, Pairs, carry_out, ours, run
+from equal_cost import Case, Method, Pairs, carry_out, ours, out_of_reach, run
 from torch import Tensor, nn
 
 from causal_compress.recipe import BudgetSection
@@ -28,6 +28,8 @@ from causal_compress.shrink.refit import Solution, fit
 
 def without_rivals(case: Case, **changes: Any) -> tuple[nn.Module, Pairs]:
     """The plan of least predicted harm, not compared with one without merges; some settings of the plan changed."""
+    if case.equal != "macs":
+        raise out_of_reach(case, "a plan that counts MACs")
     section = case.recipe.plan.model_copy(update=changes)
     budget = BudgetSection(macs=case.limit)
     return carry_out(case, make_plan(case.candidates, case.effects, case.groups, budget, section))

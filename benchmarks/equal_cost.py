@@ -145,6 +145,11 @@ def ours(case: Case) -> tuple[nn.Module, Pairs]:
     return carry_out(case, plan_for_latency(case.network, *known, recipe.budget, recipe.plan, table, timer))
 
 
+def out_of_reach(case: Case, found: str) -> BudgetError:
+    """For a method that can't come down to the cost; its row says so."""
+    return BudgetError(f"{case.limit:g} of the {case.equal} is out of reach", found=f"more with {found}", remedy="none")
+
+
 def carry_out(case: Case, plan: Plan) -> tuple[nn.Module, Pairs]:
     """The surgery of a plan, and the cut points at which distillation compares."""
     temperature = case.recipe.plan.temperature

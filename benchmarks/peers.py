@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from equal_cost import SCRATCH, Case, Method, Pairs, ours, run
+from equal_cost import SCRATCH, Case, Method, Pairs, ours, out_of_reach, run
 from torch import nn
 
 from causal_compress.inputs.models import build_model
@@ -35,7 +35,8 @@ def torch_pruning(case: Case, importance: Callable[[], Any]) -> tuple[nn.Module,
             best, high = pruned, ratio
         else:
             low = ratio
-    assert best is not None
+    if best is None:
+        raise out_of_reach(case, "Torch-Pruning's largest ratio")
     return best, []
 
 
@@ -74,6 +75,8 @@ def identities(case: Case) -> tuple[nn.Module, Pairs]:
             break
         block = regions[index].modules[0].rpartition(".")[0]
         model.set_submodule(block, nn.Identity())
+    if case.cost(model) > case.limit:
+        raise out_of_reach(case, "identities for all blocks that keep their shape")
     return model, []
 
 

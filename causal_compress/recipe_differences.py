@@ -11,7 +11,7 @@ import yaml
 
 from causal_compress.errors import RecipeError, RunFolderError
 from causal_compress.recipe import Recipe
-from causal_compress.recipe_file import load_recipe, recipe_yaml
+from causal_compress.recipe_file import load_recipe
 
 _MAX_SHOWN = 12
 
@@ -27,13 +27,9 @@ def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
     Raises:
         RunFolderError: They differ, or the file can't be read; says where they differ.
     """
-    with suppress(RecipeError):
-        if load_recipe(file) == recipe:
-            return
-    there: Any = None
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        there = yaml.safe_load(file.read_text(encoding="utf-8"))
-    here = yaml.safe_load(recipe_yaml(recipe))
+    there, here = _read(file), recipe.model_dump(mode="json")
+    if there == here:
+        return
     told = list(_differences(there, here)) if isinstance(there, dict) else []
     shown, more = told[:_MAX_SHOWN], [f"and {len(told) - _MAX_SHOWN} more"] if len(told) > _MAX_SHOWN else []
     raise RunFolderError(
@@ -44,9 +40,18 @@ def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
     )
 
 
+def _read(file: Path) -> Any:
+    """The recipe with today's defaults filled in; as it stands if it is none any more; None if it can't be read."""
+    with suppress(RecipeError):
+        return load_recipe(file).model_dump(mode="json")
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return None
+
+
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Where two recipes differ; a section that only one of them has is one difference."""
-    for key in sorted({*there, *here}):
+    for key in sorted({*there, *here}, key=str):
         old, new, name = there.get(key), here.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{name}.")

@@ -53,9 +53,14 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
     )
     run.write_json("pareto.json", pareto)
     share = pareto.points[pareto.chosen].asked_macs
-    if (folder := _folder(run.folder, share, full)).is_dir():
+    for folder in _tried(run.folder, share):
         run.reuse_also(folder)
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
+
+
+def _tried(folder: Path, share: float) -> list[Path]:
+    """Run folders of a size; they share its surgery."""
+    return [path.parent for path in sorted((folder / "points").glob(f"{share:.4f}-*/run.json"))]
 
 
 def _folder(folder: Path, share: float, epochs: int) -> Path:
@@ -77,9 +82,9 @@ def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPo
     budget = recipe.budget.model_copy(update={"macs": share})
     point = recipe.model_copy(update={"budget": budget, "distill": distill})
     with open_run(_folder(folder, share, epochs), point, command=("search",), reuse=folder) as run:
-        for other in (folder / "points").glob(f"{share:.4f}-*/run.json"):
-            if other.parent != run.folder:
-                run.reuse_also(other.parent)  # the same surgery
+        for other in _tried(folder, share):
+            if other != run.folder:
+                run.reuse_also(other)
         known = understand(run, point, force=True)
         _, student = shrink_depth(run, point, known)
         log, student = shrink_width(run, point, known, student)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causal_compress.afterwards import reopen, replay
@@ -62,18 +63,27 @@ def test_a_pooling_that_averages_stays() -> None:
         assert simplify(network) is network
 
 
-@pytest.mark.parametrize("fault", ["read twice", "activation between", "layer used twice"])
+FAULTS = ["read twice", "activation between", "layer used twice", "weights read by a function", "rows not flattened"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_pooling_whose_reader_can_not_be_changed_stays(fault: str) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.pool, self.linear = nn.AdaptiveAvgPool2d(4), nn.Linear(48, 4)
+            rows = fault == "rows not flattened"
+            self.pool, self.linear = nn.AdaptiveAvgPool2d((1, 48) if rows else 4), nn.Linear(48, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             wide = self.pool(x)
             if fault == "activation between":
                 return self.linear(torch.tanh(wide).flatten(1))
-            answer: Tensor = self.linear(wide.flatten(1))
+            if fault == "rows not flattened":
+                answer: Tensor = self.linear(wide).flatten(1)
+                return answer
+            answer = self.linear(wide.flatten(1))
+            if fault == "weights read by a function":
+                return answer + F.linear(wide.flip(-1).flatten(1), self.linear.weight)
             if fault == "read twice":
                 return answer + wide.mean((1, 2, 3))[:, None]
             return answer + self.linear(wide.flip(-1).flatten(1))
@@ -90,6 +100,30 @@ def test_copied_channels_are_read_once_and_only_where_they_are_copies() -> None:
     torch.testing.assert_close(after.graph(grey(6)), network.graph(grey(6)))
     assert after.graph.get_submodule("0").weight.shape == (5, 1, 3, 3)
     assert "reads 1 of 3 inputs" in told(after.folds)[0].what
+
+
+def test_a_first_layer_called_by_keyword_reads_one_channel_too() -> None:
+    class Named(nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.first, self.shared = nn.Conv2d(3, 4, 3), shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(input=x)
+            if self.shared:
+                y = F.conv2d(y[:, :3], self.first.weight)
+            return y.mean((2, 3))
+
+    network = trace(Named(shared=False), grey(2))
+    torch.testing.assert_close(simplify(network, repeated=3).graph(grey(6)), network.graph(grey(6)))
+    network = trace(Named(shared=True), grey(2))
+    assert simplify(network, repeated=3) is network
+
+
+def test_excluded_layers_are_not_folded() -> None:
+    network = trace(pooled(4), grey(2))
+    assert [fold.layer for fold in simplify(network, repeated=3).folds] == ["5", "0"]
+    assert [fold.layer for fold in simplify(network, repeated=3, allowed=lambda name: name != "0").folds] == ["5"]
 
 
 @pytest.mark.parametrize(

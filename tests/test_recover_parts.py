@@ -1,15 +1,17 @@
 """The parts of distillation by themselves: losses, schedule, networks made ready."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from causal_compress.errors import TraceError
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
-from causal_compress.recover.norms import SUFFIX, with_norms, without_norms
+from causal_compress.recover.norms import SUFFIX, trained_node, with_norms, without_norms
 from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
 
 
@@ -113,3 +115,62 @@ def test_norms_are_folded_into_the_structure_that_was_there() -> None:
     assert not torch.allclose(student(x), before)
     with pytest.raises(TraceError, match="norms"):
         with_norms(nn.Linear(2, 2), [torch.randn(4, 2)])
+
+
+class Standardised(nn.Conv2d):
+    """Its weights are standardised on each call; control flow makes fx leave it whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
+
+
+class OwnLayers(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Standardised) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_convolution_of_another_kind_is_neither_folded_nor_normed() -> None:
+    net = nn.Sequential(Standardised(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Standardised(6, 4, 3), nn.Conv2d(4, 3, 1))
+    net = net.eval()
+    nn.init.uniform_(net[1].running_var, 0.5, 1.5)
+    graph = fx.GraphModule(net, OwnLayers().trace(net))
+    x = torch.randn(8, 2, 6, 6)
+    torch.testing.assert_close(fold_batch_norms(copy.deepcopy(graph))(x), net(x))
+    assert not any(name.endswith(SUFFIX) for name, _ in with_norms(graph, [x]).named_modules())
+
+
+@pytest.mark.parametrize("twin", ["tied", "read by a function"])
+def test_weights_with_two_users_get_no_norm_and_keep_theirs(twin: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn, self.b, self.c = (
+                nn.Conv2d(2, 2, 1),
+                nn.BatchNorm2d(2),
+                nn.Conv2d(2, 2, 1),
+                nn.Conv2d(2, 3, 1),
+            )
+            if twin == "tied":
+                self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.a(x)).relu()
+            x = self.b(x) if twin == "tied" else F.conv2d(x, self.a.weight)
+            return self.c(x)
+
+    net = Two().eval()
+    nn.init.uniform_(net.bn.running_var, 0.5, 1.5)
+    x = torch.randn(8, 2, 4, 4)
+    torch.testing.assert_close(fold_batch_norms(fx.symbolic_trace(net))(x), net(x))
+    assert not any(name.endswith(SUFFIX) for name, _ in with_norms(fx.symbolic_trace(net), [x]).named_modules())
+
+
+def test_what_a_boundary_sees_in_training_is_what_the_folded_student_has_there() -> None:
+    student, x = plain(), torch.randn(64, 2, 8, 8)
+    normed = with_norms(student, [x])
+    with torch.no_grad():
+        normed.get_submodule(f"0{SUFFIX}").weight.mul_(2.0)
+    seen = observed(normed, [trained_node(normed, "_0")], role="student")(x)[1]
+    student.load_state_dict(without_norms(normed, student))
+    torch.testing.assert_close(seen, observed(student, ["_0"], role="student")(x)[1])
+    assert trained_node(normed, "_2") == "_2"

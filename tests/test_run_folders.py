@@ -115,6 +115,20 @@ def test_a_folder_made_before_a_recipe_key_existed_goes_on(tmp_path):
     assert read_provenance(tmp_path).recipe_sha256 == recipe_sha256(RECIPE)
 
 
+def test_only_what_differs_is_told_and_an_edited_recipe_does_no_harm(tmp_path):
+    run_once(tmp_path, Work())
+    file = tmp_path / "recipe.resolved.yaml"
+    written = yaml.safe_load(file.read_text())
+    del written["distill"]["views"]
+    file.write_text(yaml.safe_dump(written))
+    other = Recipe.model_validate({"seed": 3})
+    with pytest.raises(RunFolderError, match=r"found: seed is 0 there, 3 now\n"), opened(tmp_path, other):
+        pytest.fail("a folder of another recipe was opened")
+    file.write_text(yaml.safe_dump({**written, 7: "seven"}))
+    with pytest.raises(RunFolderError, match="7 is 'seven' there"), opened(tmp_path, other):
+        pytest.fail("a folder of another recipe was opened")
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(RunFolderError, match=r"holiday\.jpg"), opened(tmp_path):

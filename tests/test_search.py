@@ -89,17 +89,46 @@ def test_a_full_recovery_at_one_size_says_what_is_left_of_the_others(healing: fl
         return replace(short(share), drop_pp=healing * short(share).drop_pp, epochs=20)
 
     found = search(short, SearchSection(points=7), limit_pp=1.0, least=0.01, in_full=in_full)
-    assert fully == [0.5]
+    chosen = found.points[found.chosen]
+    assert fully == [0.5, chosen.asked_macs]
     assert found.remains == pytest.approx(healing)
     edge = 1.0 - 1.0 / (8.0 * healing)  # here the drop that is left is the limit
-    chosen = found.points[found.chosen]
     assert found.met
     assert edge <= chosen.asked_macs <= edge * 1.1
     assert chosen.judged_pp <= 1.0
-    assert "expected drop" in found.reason
+    assert chosen.epochs == 20
+    assert "validation drop" in found.reason
     whole = next(p for p in found.points if p.epochs == 20)
     assert whole.expected_drop_pp is None
     assert next(p for p in found.points if p.asked_macs == 0.5).expected_drop_pp == whole.drop_pp
+
+
+def test_one_size_that_heals_completely_is_no_promise_for_smaller_ones() -> None:
+    """0.5 loses 1.2 pp after a short recovery and nothing after a full one; below 0.3 half of a large drop stays."""
+
+    def lost(share: float) -> float:
+        return 1.2 if share >= 0.5 else 60.0 * (1.0 - share)
+
+    def in_full(share: float) -> SearchPoint:
+        return replace(point(share, -0.05 if share >= 0.5 else lost(share) / 2), epochs=20)
+
+    found = search(falling(lost), SearchSection(points=5), limit_pp=1.0, least=0.02, in_full=in_full)
+    chosen = found.points[found.chosen]
+    assert found.met
+    assert (chosen.asked_macs, chosen.epochs, chosen.drop_pp) == (0.5, 20, -0.05)
+    assert found.remains == pytest.approx(0.5)
+
+
+def test_a_full_recovery_that_fails_leaves_the_short_one() -> None:
+    found = search(falling(lambda _: 2.0), SearchSection(points=2), limit_pp=1.0, least=0.1, in_full=lambda _: None)
+    assert not found.met
+    assert found.remains == 1.0
+    assert all(p.expected_drop_pp in (None, 2.0) for p in found.points)
+
+
+def test_shares_have_four_digits_and_a_network_without_macs_can_be_searched() -> None:
+    found = search(falling(lambda _: 0.0), SearchSection(points=9), limit_pp=1.0, least=0.0)
+    assert all(p.asked_macs == round(p.asked_macs, 4) > 0 for p in found.points)
 
 
 def test_nothing_is_recovered_in_full_where_short_recoveries_hold() -> None:

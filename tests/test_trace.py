@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import Block, Depthwise, Opaque, Plain, Residual, Stages, images, random_norms
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from causal_compress.errors import TraceError
 from causal_compress.understand.graph import (
@@ -149,6 +150,18 @@ def test_in_place_operations_become_pure_and_keep_their_meaning(inner: Callable[
     assert_chain_is_the_model(model, x, network)
     targets = [str(getattr(node.target, "__name__", node.target)) for node in network.graph.graph.nodes]
     assert not [target for target in targets if target.endswith("_") and not target.endswith("__")]
+
+
+@pytest.mark.parametrize("form", [weight_norm, spectral_norm])
+def test_weights_that_are_computed_on_each_call_become_plain_ones(form: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(form(nn.Conv2d(3, 5, 3)), nn.Flatten(), form(nn.Linear(180, 4))).eval()
+    x = torch.randn(3, 3, 8, 8)
+    network = trace(model, x)
+    torch.testing.assert_close(network.graph(x), model(x))
+    assert [type(layer) for layer in network.graph.children()] == [nn.Conv2d, nn.Flatten, nn.Linear]
+    assert isinstance(network.graph.get_parameter("0.weight"), nn.Parameter)
+    assert nn.utils.parametrize.is_parametrized(model[0])  # left alone
 
 
 def test_what_fx_cannot_follow_is_left_whole_and_reported() -> None:

@@ -22,7 +22,7 @@ from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
 from causal_compress.recover.compiling import compiled, is_compiled
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
-from causal_compress.recover.norms import with_norms, without_norms
+from causal_compress.recover.norms import trained_node, with_norms, without_norms
 from causal_compress.recover.training import Course, Learner, place_network, prepare, train_epoch, watch
 from causal_compress.results import Distilled, Epoch
 from causal_compress.understand.statistics import wilson
@@ -75,7 +75,7 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
     """
     course = _set_out(teacher, [name for _, name in boundaries], data, section, seed, device)
     structure = _with_norms(student, data) if section.norms and section.epochs else copy.deepcopy(student)
-    watched = observed(structure, [name for name, _ in boundaries], role="student")
+    watched = observed(structure, [trained_node(structure, name) for name, _ in boundaries], role="student")
     history: list[Epoch] = []
     trained = copy.deepcopy(student)
     if section.epochs > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from causal_compress.errors import TraceError
-from causal_compress.understand.graph import get_module, make_pure
+from causal_compress.understand.graph import get_module, make_pure, used_once
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,9 +95,8 @@ def fold_batch_norms(network: nn.Module, only: Callable[[str], bool] = lambda _:
     """
     if not isinstance(network, fx.GraphModule):
         return network
-    calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
     for node in list(network.graph.nodes):
-        folded = _folded(network, node, calls) if only(str(node.target)) else None
+        folded = _folded(network, node) if only(str(node.target)) else None
         if folded is not None:
             network.set_submodule(str(node.args[0].target), folded)
             node.replace_all_uses_with(node.args[0])
@@ -108,19 +106,22 @@ def fold_batch_norms(network: nn.Module, only: Callable[[str], bool] = lambda _:
     return network
 
 
-def _folded(network: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> nn.Module | None:
-    """The layer that does the work of a batch norm and of the layer before it, or None where it can't be folded."""
+def _folded(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The layer that does the work of a batch norm and of the layer before it, or None where it can't be folded.
+
+    A subclass may do anything with its weights (standardise them, say), so it is left alone.
+    """
     norm, before = get_module(network, node), node.args[0] if node.args else None
     if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None or not isinstance(before, fx.Node):
         return None
     layer = get_module(network, before)
     # A layer that others use too, by node or by module, must go on answering as it does.
-    if layer is None or len(before.users) > 1 or calls[str(before.target)] > 1:
+    if layer is None or len(before.users) > 1 or not used_once(network, str(before.target)):
         return None
     with torch.no_grad():
-        if isinstance(layer, _CONVOLUTIONS):
+        if isinstance(layer, _CONVOLUTIONS) and type(layer) in _CONVOLUTIONS:
             return fuse_conv_bn_eval(layer, norm)
-        if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and is_flat(before):
+        if type(layer) is nn.Linear and isinstance(norm, nn.BatchNorm1d) and is_flat(before):
             return fuse_linear_bn_eval(layer, norm)
     return None
 

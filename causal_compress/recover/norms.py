@@ -8,7 +8,6 @@ an affine map, so the layer before it can take it over exactly and the structure
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from causal_compress.errors import TraceError
 from causal_compress.recover.networks import BATCH_NORMS, fold_batch_norms, is_flat
-from causal_compress.understand.graph import get_module
+from causal_compress.understand.graph import get_module, used_once
 
 SUFFIX = "_training_norm"
 
@@ -64,22 +63,33 @@ def without_norms(trained: nn.Module, student: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in student.state_dict()}
 
 
+def trained_node(network: nn.Module, name: str) -> str:
+    """The node whose value a node of the student will have afterwards: the norm's, where one will be folded into it.
+
+    Args:
+        network: From `with_norms`, or any other.
+        name: The node in the student's own structure.
+    """
+    nodes = network.graph.nodes if isinstance(network, fx.GraphModule) else ()
+    behind = f"{name}{SUFFIX}"
+    return behind if any(node.name == behind for node in nodes) else name
+
+
 def _unnormed(graph: fx.GraphModule) -> list[fx.Node]:
-    """Layers that can have a norm: called once, with a bias, not read by a norm, and not what the output is made of."""
-    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    """Layers that can have a norm: used once, with a bias, not read by a norm, and not what the output is made of."""
     layers = [node for node in graph.graph.nodes if _is_layer(graph, node)]
     return [
         node
         for node in layers[:-1]
-        if calls[str(node.target)] == 1
-        and _has_bias(graph, node)
+        if _has_bias(graph, node)
+        and used_once(graph, str(node.target))
         and not any(isinstance(get_module(graph, user), BATCH_NORMS) for user in node.users)
     ]
 
 
 def _is_layer(graph: fx.GraphModule, node: fx.Node) -> bool:
     module = get_module(graph, node)
-    return isinstance(module, nn.Conv2d) or (type(module) is nn.Linear and is_flat(node))
+    return type(module) is nn.Conv2d or (type(module) is nn.Linear and is_flat(node))
 
 
 def _has_bias(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -93,7 +103,7 @@ def _insert(graph: fx.GraphModule, node: fx.Node) -> nn.Module:
     path = f"{node.target}{SUFFIX}"
     graph.add_submodule(path, norm)
     with graph.graph.inserting_after(node):
-        behind = graph.graph.call_module(path, (node,))
+        behind = graph.graph.create_node("call_module", path, (node,), name=f"{node.name}{SUFFIX}")
     node.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
     return norm
 

@@ -20,6 +20,7 @@ from causal_compress.understand.trace import HEAVY
 
 logger = logging.getLogger(__name__)
 
+_NARROWED = (nn.Conv2d, nn.Linear)
 _PASSING = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
 
@@ -63,12 +64,12 @@ def find_groups(graph: fx.GraphModule, example_input: Tensor) -> tuple[tuple[Cha
     paths = {id(module): path for path, module in graph.named_modules()}
     dependencies = dependencies_of(graph, example_input)
     order = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    roots = [path for path in dict.fromkeys(order) if isinstance(graph.get_submodule(path), nn.Conv2d | nn.Linear)]
+    roots = [path for path in dict.fromkeys(order) if type(graph.get_submodule(path)) in _NARROWED]
     groups: list[ChannelGroup] = []
     skips = [
         Skip(what=f"width of {path}", reason=f"the inside of a {type(module).__name__} is not narrowed")
         for path in dict.fromkeys(order)
-        if isinstance(module := graph.get_submodule(path), HEAVY) and not isinstance(module, nn.Conv2d | nn.Linear)
+        if isinstance(module := graph.get_submodule(path), HEAVY) and type(module) not in _NARROWED
     ]
     grouped: set[str] = set()
     for path in roots[:-1]:

@@ -27,8 +27,9 @@ from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.ranks import spectra, thinned, with_ranks
 from causal_compress.shrink.repair import tail_too_large
 from causal_compress.shrink.targets import before_and_after
-from causal_compress.shrink.widths import Widths, find_widths, is_allowed, level_counts
+from causal_compress.shrink.widths import Widths, find_widths, level_counts
 from causal_compress.understand.algebra import saved
+from causal_compress.understand.network import is_allowed
 from causal_compress.understand.trace import Network
 
 _MOST_RANKS = 12

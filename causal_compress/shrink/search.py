@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, SearchSection
@@ -18,6 +18,7 @@ Attempt = Callable[[float], SearchPoint | None]
 _FIRST = 0.5
 _NEAR = 1.06
 """Shares whose ratio is below this are not worth another point."""
+_SMALLEST = 1e-4
 
 
 def searches(budget: BudgetSection) -> bool:
@@ -26,18 +27,41 @@ def searches(budget: BudgetSection) -> bool:
     return budget.max_accuracy_drop is not None and all(cost is None for cost in costs)
 
 
+@dataclass
+class _Size:
+    """One share of MACs: what a short recovery left of it and, where that was tried, what a full one did."""
+
+    short: SearchPoint
+    whole: SearchPoint | None = None
+
+    def recover(self, in_full: Attempt) -> None:
+        """Where a full recovery can't be carried out, the short one is all there is."""
+        self.whole = in_full(self.short.asked_macs) or self.short
+
+    def points(self, remains: float | None) -> list[SearchPoint]:
+        """Its points, the short one with the drop that is expected in the end."""
+        short, whole = self.short, self.whole
+        if whole is not None and whole is not short:
+            return [replace(short, expected_drop_pp=whole.drop_pp), whole]
+        if remains is None or whole is short or short.drop_pp <= 0:
+            return [short]
+        return [replace(short, expected_drop_pp=remains * short.drop_pp)]
+
+
 def search(
     attempt: Attempt, section: SearchSection, *, limit_pp: float, least: float, in_full: Attempt | None = None
 ) -> Pareto:
     """Bisect the share of MACs, on a logarithmic scale, by the drop that each point is expected to cost in the end.
 
     The first point whose drop after a short recovery exceeds the limit is recovered in full as well. What is left of
-    its drop then, as a share, is expected to be left of the other points' drops too.
+    its drop then, as a share, is expected to be left of the other points' drops too. Nothing is chosen on such an
+    expectation alone: the smallest point that should hold is recovered in full, and if less has healed there than
+    thought, its share counts from then on.
 
     Args:
         attempt: Compresses to a share of the teacher's MACs, recovers briefly, and measures on validation data; None
             where that can't be done, which counts as too small.
-        section: How many points at most.
+        section: How many sizes at most.
         limit_pp: Largest drop of accuracy [pp].
         least: Smallest share of MACs that any plan can reach.
         in_full: As `attempt`, recovered for all of the recipe's epochs; None: the short recovery is all there is.
@@ -51,41 +75,60 @@ def search(
 
     Limits: takes the drop to rise as the share falls; noise of a small validation split can mislead it by a step.
     """
-    points: list[SearchPoint] = []
-    remains: float | None = None
-    fails, holds = min(least, 1.0), 1.0
-    share = max(_FIRST, math.sqrt(fails))
+    sizes: list[_Size] = []
+    fails, holds = min(max(least, _SMALLEST), 1.0), 1.0
+    share = _rounded(max(_FIRST, math.sqrt(fails)))
     for _ in range(section.points):
         found = attempt(share)
+        within = False
         if found is not None:
-            whole = in_full(share) if in_full and remains is None and found.drop_pp > limit_pp else None
-            remains = remains if whole is None else min(max(whole.drop_pp / found.drop_pp, 0.0), 1.0)
-            points += [found] if whole is None else [found, whole]
-        within = found is not None and _expected(points[-1], points, remains).judged_pp <= limit_pp
-        if found is not None:
-            _tell(_expected(points[-1], points, remains), within=within)
+            sizes.append(_Size(found))
+            if in_full and _remains(sizes) is None and found.drop_pp > limit_pp:
+                sizes[-1].recover(in_full)
+            judged = sizes[-1].points(_remains(sizes))[-1]
+            within = judged.judged_pp <= limit_pp
+            _tell(judged, within=within)
         fails, holds = (fails, share) if within else (share, holds)
         if holds / fails < _NEAR:
             break
-        share = math.sqrt(fails * holds)
-    if not points:
+        share = _rounded(math.sqrt(fails * holds))
+    if not sizes:
         raise BudgetError(
             "no size could be carried out",
             found=f"{section.points} shares of MACs tried, the largest {share:.3f}",
             remedy="set budget.macs to a larger share, or look at the warnings above",
         )
-    return _judged([_expected(point, points, remains) for point in points], limit_pp, remains)
+    return _settled(sizes, limit_pp, in_full)
 
 
-def _expected(point: SearchPoint, points: Sequence[SearchPoint], remains: float | None) -> SearchPoint:
-    """The point with the drop that is expected of it: that of its own full recovery, or a share of its short one's."""
-    if remains is None:
-        return point
-    whole = max(points, key=lambda other: (other.asked_macs == point.asked_macs, other.epochs))
-    expected = whole.drop_pp if whole.asked_macs == point.asked_macs and whole.epochs > point.epochs else None
-    if expected is None and point.epochs < max(other.epochs for other in points) and point.drop_pp > 0:
-        expected = remains * point.drop_pp
-    return point if expected is None else replace(point, expected_drop_pp=expected)
+def _rounded(share: float) -> float:
+    """Upwards to four digits: a share names a folder."""
+    return min(math.ceil(1e4 * share) / 1e4, 1.0)
+
+
+def _remains(sizes: Sequence[_Size]) -> float | None:
+    """The share of a short recovery's drop that a full one leaves, by the size that healed least."""
+    shares = [
+        min(max(size.whole.drop_pp / size.short.drop_pp, 0.0), 1.0)
+        for size in sizes
+        if size.whole is not None and size.short.drop_pp > 0
+    ]
+    return max(shares, default=None)
+
+
+def _settled(sizes: Sequence[_Size], limit_pp: float, in_full: Attempt | None) -> Pareto:
+    """The smallest size that holds; one that is only expected to is recovered in full before it counts."""
+    while True:
+        remains = _remains(sizes)
+        points = [point for size in sizes for point in size.points(remains)]
+        pareto = _judged(points, limit_pp, remains)
+        chosen = points[pareto.chosen]
+        size = next(size for size in sizes if size.short.asked_macs == chosen.asked_macs)
+        if in_full is None or remains is None or not pareto.met or size.whole is not None:
+            return pareto
+        size.recover(in_full)
+        judged = size.points(remains)[-1]
+        _tell(judged, within=judged.judged_pp <= limit_pp)
 
 
 def _tell(point: SearchPoint, *, within: bool) -> None:
@@ -97,7 +140,7 @@ def _tell(point: SearchPoint, *, within: bool) -> None:
         point.n,
         point.epochs,
         "" if point.expected_drop_pp is None else f", {point.expected_drop_pp:.2f} pp expected after all",
-        "tighter next" if within else "back off",
+        "holds" if within else "too much",
     )
 
 
@@ -105,11 +148,11 @@ def _judged(points: Sequence[SearchPoint], limit_pp: float, remains: float | Non
     within = [index for index, point in enumerate(points) if point.judged_pp <= limit_pp]
     chosen = min(
         within or range(len(points)),
-        key=lambda index: points[index].macs if within else (points[index].judged_pp, points[index].macs),
+        key=lambda index: (0.0 if within else points[index].judged_pp, points[index].macs, -points[index].epochs),
     )
     best = points[chosen]
     kind = "validation drop" if best.expected_drop_pp is None else "expected drop"
-    text = f"{best.macs:.3f} of the MACs at a {kind} of {best.judged_pp:.2f} pp (n = {best.n:,})"
+    text = f"{best.macs:.3f} of the MACs, {kind} {best.judged_pp:.2f} pp (n = {best.n:,})"
     return Pareto(
         points=tuple(points),
         front=front_of(points),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from causal_compress.results import Skip
 from causal_compress.shrink.channels import ChannelGroup, find_groups
 from causal_compress.shrink.repair import inner_groups, too_large
 from causal_compress.understand.graph import fetch
+from causal_compress.understand.network import is_allowed
 from causal_compress.understand.tail import find_tail
 from causal_compress.understand.trace import Network
 
@@ -68,12 +68,6 @@ def readable(graph: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[list[Cha
         else:
             fine.append(group)
     return fine, skips
-
-
-def is_allowed(name: str, section: PlanSection) -> bool:
-    """Whether include and exclude patterns let a module change."""
-    included = any(fnmatch.fnmatch(name, pattern) for pattern in section.include)
-    return included and not any(fnmatch.fnmatch(name, pattern) for pattern in section.exclude)
 
 
 def _cut_of(network: Network, group: ChannelGroup) -> int | str:

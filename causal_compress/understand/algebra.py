@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,18 +18,19 @@ from torch import Tensor, fx, nn
 
 from causal_compress.results import Change, Fold
 from causal_compress.understand.cost import count_macs, count_params
-from causal_compress.understand.graph import get_module, shape_of
+from causal_compress.understand.graph import get_module, shape_of, used_once
 from causal_compress.understand.trace import Network, analyse
 
 _PASSING = (nn.Flatten, nn.Dropout, nn.Identity)
 
 
-def simplify(network: Network, *, repeated: int = 1) -> Network:
+def simplify(network: Network, *, repeated: int = 1, allowed: Callable[[str], bool] = lambda _: True) -> Network:
     """The network with everything folded that can be folded exactly; it remembers itself as it was in `teacher`.
 
     Args:
         network: As traced; left as it is.
         repeated: How many equal copies of its one channel every input holds; 1: nothing is known of that.
+        allowed: Says of a layer's path whether it may change.
 
     Returns:
         The same network where there is nothing to fold.
@@ -37,7 +38,8 @@ def simplify(network: Network, *, repeated: int = 1) -> Network:
     Limits: without its adaptive pooling a network takes inputs of the traced size only, and with one channel read it
         answers to the first alone.
     """
-    return folded(network, [*_repeating_pools(network.graph), *_copied_channels(network.graph, repeated)])
+    folds = [*_repeating_pools(network.graph), *_copied_channels(network.graph, repeated)]
+    return folded(network, [fold for fold in folds if allowed(fold.layer)])
 
 
 def folded(network: Network, folds: Sequence[Fold]) -> Network:
@@ -117,8 +119,8 @@ def _reader_of_pool(graph: fx.GraphModule, pool: fx.Node) -> fx.Node | None:
         node = next(iter(node.users))
         module = get_module(graph, node)
         if type(module) is nn.Linear:
-            once = sum(str(other.target) == str(node.target) for other in graph.graph.nodes) == 1
-            return node if once and module.in_features == after[1] * after[2] * after[3] else None
+            flat = shape_of(node.all_input_nodes[0])[1:] == (after[1] * after[2] * after[3],)
+            return node if flat and used_once(graph, str(node.target)) else None
         if not (isinstance(module, _PASSING) or _flattens(node)):
             return None
     return None
@@ -162,7 +164,7 @@ def _copied_channels(graph: fx.GraphModule, repeated: int) -> list[Fold]:
     layer = get_module(graph, readers[0]) if len(readers) == 1 else None
     if repeated < 2 or type(layer) is not nn.Conv2d or layer.groups != 1 or layer.in_channels != repeated:
         return []
-    if sum(str(node.target) == str(readers[0].target) for node in graph.graph.nodes) > 1:
+    if not used_once(graph, str(readers[0].target)):
         return []
     return [Fold(layer=str(readers[0].target), kind="channels", inputs=repeated, kept=1)]
 
@@ -174,9 +176,10 @@ def _read_first_channel(graph: fx.GraphModule, fold: Fold) -> None:
     with torch.no_grad():
         layer.weight = nn.Parameter(layer.weight.sum(1, keepdim=True))
     layer.in_channels = 1
+    source = node.all_input_nodes[0]
     with graph.graph.inserting_before(node):
-        first = graph.graph.call_function(operator.getitem, (node.args[0], (slice(None), slice(0, 1))))
-    node.args = (first, *node.args[1:])
+        first = graph.graph.call_function(operator.getitem, (source, (slice(None), slice(0, 1))))
+    node.replace_input_with(source, first)
 
 
 _FOLDING = {"pooling": _leave_out_pool, "channels": _read_first_channel}

@@ -97,6 +97,25 @@ def get_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def used_once(graph: fx.GraphModule, path: str) -> bool:
+    """Whether one call is all that uses a module's parameters: no second call, no function that reads them, no twin.
+
+    Args:
+        graph: Holds the module.
+        path: The module's.
+    """
+    paths = [str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")]
+    if sum(other == path or other.startswith(f"{path}.") for other in paths) != 1:
+        return False
+    own = {id(parameter) for parameter in graph.get_submodule(path).parameters()}
+    return not any(id(parameter) in own for other in set(paths) - {path} for parameter in _parameters(graph, other))
+
+
+def _parameters(graph: fx.GraphModule, path: str) -> Iterable[Tensor]:
+    found = fetch(graph, path)
+    return found.parameters() if isinstance(found, nn.Module) else [found]
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape that propagation noted for a node's value; empty where it holds no single tensor."""
     return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))

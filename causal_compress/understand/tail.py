@@ -104,7 +104,7 @@ def _walk_back(piece: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
 
 def is_affine(module: nn.Module | None) -> bool:
     """Whether a closed-form refit of the module exists: a linear layer, or an ungrouped, zero-padded Conv2d."""
-    if isinstance(module, nn.Conv2d):
+    if type(module) is nn.Conv2d:  # a subclass may do anything with its weights
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 

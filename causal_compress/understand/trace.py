@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import parametrize
 
 from causal_compress.errors import TraceError
 from causal_compress.results import Chain, Fold, RegionInfo, Skip
@@ -97,14 +98,31 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
         TraceError: the model can't be run on the example, or does not return one logits tensor.
     """
     model = copy.deepcopy(model).eval()
+    _settle_parametrizations(model)
     check_runs(model, example_input)
     graph, untraced = _trace_with_leaves(model)
     with torch.no_grad():
         ShapeProp(graph).propagate(example_input.clone())  # the model may overwrite its input
     make_pure(graph)
     graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
     graph.recompile()
     return analyse(graph, example_input, untraced)
+
+
+def _settle_parametrizations(model: nn.Module) -> None:
+    """Weights that are computed on each call (weight norm, spectral norm) become what they are in evaluation mode.
+
+    PyTorch's own `remove_parametrizations` would take them off the model's copies too, which share its classes.
+    """
+    for module in [module for module in model.modules() if parametrize.is_parametrized(module)]:
+        parametrizations = module.get_submodule("parametrizations")
+        with torch.no_grad():
+            settled = {name: getattr(module, name).detach().clone() for name, _ in parametrizations.named_children()}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in settled.items():
+            module.register_parameter(name, nn.Parameter(value))
 
 
 def check_runs(model: nn.Module, example_input: Tensor) -> None:
