@@ -45,6 +45,26 @@ def grey(n: int, channels: int = 3) -> Tensor:
     return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(1, channels, 1, 1)
 
 
+@pytest.mark.parametrize("form", ["view", "reshape", "view of a known length"])
+def test_rows_that_are_made_by_a_view_count_if_their_length_is_left_open(form: str) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.linear = nn.AdaptiveAvgPool2d(4), nn.Linear(48, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pool(x)
+            rows = y.reshape(x.shape[0], -1) if form == "reshape" else y.view(x.size(0), -1 if form == "view" else 48)
+            answer: Tensor = self.linear(rows)
+            return answer
+
+    x = torch.randn(6, 3, 2, 2)
+    before = trace(Viewed(), x[:2])
+    after = simplify(before)
+    assert bool(after.folds) == (form != "view of a known length")
+    torch.testing.assert_close(after.graph(x), before.graph(x))
+
+
 @pytest.mark.parametrize("side", [3, 4, 6])
 def test_a_pooling_that_repeats_is_left_out_exactly(side: int) -> None:
     x = torch.randn(6, 3, 8, 8)

@@ -127,10 +127,11 @@ def _reader_of_pool(graph: fx.GraphModule, pool: fx.Node) -> fx.Node | None:
 
 
 def _flattens(node: fx.Node) -> bool:
-    """Whether a function or method call makes one row of each input's values."""
+    """Whether a function or method call makes one row of each input's values, however long that is."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    shape = shape_of(node)
-    return node.op in ("call_function", "call_method") and name == "flatten" and len(shape) == 2
+    if node.op not in ("call_function", "call_method") or len(shape_of(node)) != 2:
+        return False
+    return name == "flatten" or (name in ("view", "reshape") and node.args[-1] == -1)
 
 
 def _leave_out_pool(graph: fx.GraphModule, fold: Fold) -> None:
