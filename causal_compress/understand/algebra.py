@@ -131,7 +131,7 @@ def _flattens(node: fx.Node) -> bool:
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if node.op not in ("call_function", "call_method") or len(shape_of(node)) != 2:
         return False
-    return name == "flatten" or (name in ("view", "reshape") and node.args[-1] == -1)
+    return name == "flatten" or (name in ("view", "reshape") and bool(node.args[-1] == -1))
 
 
 def _leave_out_pool(graph: fx.GraphModule, fold: Fold) -> None:
