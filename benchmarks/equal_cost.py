@@ -198,8 +198,7 @@ def measure(case: Case, name: str, method: Method, epochs: int) -> tuple[NDArray
 
 def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epochs: int) -> dict[str, Any]:
     """One row, from --work if it is there; "hits" holds every single answer, None where there is no student."""
-    plain = name.replace(" ", "-").replace(",", "")
-    stem = f"{given.arch}-{case.equal}-{case.limit:g}-{plain}-{epochs}-{case.recipe.seed}"
+    stem = _stem(given, case, name, epochs)
     hits_file, about_file = given.work / f"{stem}.npy", given.work / f"{stem}.json"
     row = {"arch": given.arch, "equal": case.equal, "method": name, "recovery_epochs": epochs}
     if not about_file.exists():
@@ -217,6 +216,11 @@ def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epo
     about = json.loads(about_file.read_text(encoding="utf-8"))
     accuracy = wilson(int(hits.sum()), len(hits)).pct
     return {**row, **about, "accuracy_pct": accuracy, "n": len(hits), "why_none": None, "hits": hits}
+
+
+def _stem(given: argparse.Namespace, case: Case, name: str, epochs: int) -> str:
+    plain = name.replace(" ", "-").replace(",", "")
+    return f"{given.arch}-{case.equal}-{case.limit:g}-{plain}-{epochs}-{case.recipe.seed}"
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -290,6 +294,7 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
+    parser.add_argument("--kept", action="store_true", help="no new rows, only those in --work: a table of what is done")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{script}.json")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -298,7 +303,8 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     rows: list[dict[str, Any]] = []
     for seed in given.seeds:
         for case, epochs, name in product(contests(given, seed), given.epochs, given.methods):
-            if epochs or name != SCRATCH:
+            there = (given.work / f"{_stem(given, case, name, epochs)}.json").exists()
+            if (there or not given.kept) and (epochs or name != SCRATCH):
                 rows.append({**row_of(given, case, name, methods[name], epochs), "seed": seed})
                 print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
         single = [row for one in given.seeds for row in compared([row for row in rows if row["seed"] == one])]
