@@ -294,7 +294,7 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
-    parser.add_argument("--kept", action="store_true", help="no new rows, only those in --work: a table of what is done")
+    parser.add_argument("--kept", action="store_true", help="only the rows that are in --work already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{script}.json")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
