@@ -120,7 +120,7 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
     if not weights.exists():
         make_teacher(given.data, weights, seed)
     recipe = recipe_for(given.data, weights, 1 - removed_pct / 100, given.epochs, seed, given.threads)
-    folder = work / f"run-{removed_pct:g}-{seed}"
+    folder = _folder(work, removed_pct, seed)
     earlier = [found.parent for found in sorted(work.glob(f"run-*-{seed}/prune.json"))]  # its analysis serves again
     card = compress(recipe, folder, reuse=earlier[0] if earlier else None).scorecard
     teacher, student = (next(row for row in card.rows if row.model == name) for name in ("teacher", "student"))
@@ -141,6 +141,10 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
     }
 
 
+def _folder(work: Path, removed_pct: float, seed: int) -> Path:
+    return work / f"run-{removed_pct:g}-{seed}"
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +154,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of distillation")
     parser.add_argument("--threads", type=int, help="of the compression; default: all")
     parser.add_argument("--work", type=Path, help="keep teachers and run folders here; unfinished ones go on")
+    parser.add_argument("--kept", action="store_true", help="only the rows whose runs in --work are finished")
     parser.add_argument("--out", type=Path, default=RESULTS / "alexnet_mnist.json")
     given = parser.parse_args()
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
@@ -160,6 +165,8 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         for seed in given.seeds:
             for share in given.removed:
+                if given.kept and not (_folder(work, share, seed) / "scorecard.json").exists():
+                    continue
                 rows.append(measure(given, work, share, seed))
                 print(rows[-1], flush=True)
                 atomic_write_text(given.out, json.dumps({**content, "rows": rows}, indent=1) + "\n")
