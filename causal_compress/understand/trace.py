@@ -43,7 +43,8 @@ class Network:
     """A traced network: the whole graph, and the same as a chain of regions that share its parameters.
 
     `sites` names the graph's node at the end of each region. Where `folds` made it smaller without changing what it
-    computes, `original` is the graph as it was traced.
+    computes, `original` is the graph as it was traced. Inputs as the data prepares them can be given to either; any
+    others (generated ones, other sizes) to `teacher` alone.
     """
 
     graph: fx.GraphModule
