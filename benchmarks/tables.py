@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "causal_compress"
 
-_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: [\w=.-]+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: [\w=.@-]+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
 _READING_ORDER = (
     "results",
@@ -86,15 +86,17 @@ def table(path: Path, columns: Sequence[str] = ()) -> str:
 
     Args:
         path: NAME.json.
-        columns: Which keys are shown, in this order; none: all. KEY=VALUE: only rows where it holds.
+        columns: Which keys are shown, in this order; none: all. KEY=VALUE: only rows where it holds. @LIST: that
+            list of the file instead of its rows.
     """
     if not path.is_file():
         return ""
     content = json.loads(path.read_text(encoding="utf-8"))
     asked = dict(column.split("=", 1) for column in columns if "=" in column)
-    columns = [column for column in columns if "=" not in column]
+    (wanted,) = [column[1:] for column in columns if column.startswith("@")] or ["rows"]
+    columns = [column for column in columns if "=" not in column and not column.startswith("@")]
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in content["rows"]:
+    for row in content[wanted]:
         if any(str(row.get(key)) != value for key, value in asked.items()):
             continue
         row = {key: row.get(key) for key in columns} if columns else row
