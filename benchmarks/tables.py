@@ -135,6 +135,8 @@ def _cell(value: Any) -> str:
             return "yes" if value else "no"
         case int():
             return f"{value:,}"
+        case float() if 99 < value < 100:
+            return f"{value:,.5g}"  # a share in percent: what is left of it counts
         case float():
             return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"
         case list() | tuple():
