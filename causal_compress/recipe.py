@@ -184,18 +184,16 @@ class DistillSection(Section):
 
     epochs: NonNegative = 10
     batch_size: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        0.02, description="peak; low, because the closed forms have brought the student near already"
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    optimizer: Literal["muon", "sgd"] = Field("muon", description="of weight matrices; the rest has SGD in any case")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.02, description="peak of SGD; the student is near already")
+    relative_rate: Annotated[float, Field(gt=0, lt=1)] = Field(0.004, description="peak of muon: step / weights' norm")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="of the weights that SGD trains")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         5.0, description="longer gradients are shortened to this norm; networks without batch norm need it; null: never"
     )
     temperature: Annotated[float, Field(gt=0)] = 4.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="of the label loss; the rest is KD")
-    boundary_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="weight of the normalised MSE at node boundaries, first third"
-    )
+    boundary_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the boundary loss, in the first third")
     intervened_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of each batch that is intervened"
     )

@@ -67,8 +67,10 @@ def test_nan_stops_before_the_step(student: nn.Module, teacher: nn.Module, monke
 
     def remember(course: Any, watched: nn.Module) -> Any:
         learner = prepare(course, watched)
-        optimizer = learner.optimizer.optimizer
-        optimizer.register_step_post_hook(lambda *_: seen.append(copy.deepcopy(learner.student.state_dict())))
+        for optimizer in learner.optimizers:
+            optimizer.optimizer.register_step_post_hook(
+                lambda *_: seen.append(copy.deepcopy(learner.student.state_dict()))
+            )
         return learner
 
     monkeypatch.setattr("causal_compress.recover.distill.prepare", remember)
@@ -192,7 +194,7 @@ def test_dropout_rests(student: nn.Module, teacher: nn.Module) -> None:
 
 def test_long_gradients_are_shortened(student: nn.Module, teacher: nn.Module) -> None:
     def moved(clip: float | None) -> float:
-        trained = run(student, teacher, section(epochs=1, weight_decay=0.0, ema=0.0, clip_norm=clip))[0]
+        trained = run(student, teacher, section(epochs=1, optimizer="sgd", weight_decay=0.0, ema=0.0, clip_norm=clip))[0]
         before = dict(student.named_parameters())
         return sum((p - before[name]).norm().item() for name, p in trained.named_parameters())
 
@@ -224,7 +226,7 @@ def test_norms_and_biases_do_not_decay(student: nn.Module, teacher: nn.Module, m
     monkeypatch.setattr(
         training, "_loss", lambda _, learner, *__: 0.0 * sum(p.sum() for p in learner.student.parameters())
     )
-    trained, _ = run(student, teacher, section(epochs=1, weight_decay=0.5, ema=0.0))
+    trained, _ = run(student, teacher, section(epochs=1, optimizer="sgd", weight_decay=0.5, ema=0.0))
     assert (trained.conv.weight.abs() < student.conv.weight.abs()).all()
     assert torch.equal(trained.bn.weight, student.bn.weight)
     assert torch.equal(trained.head.bias, student.head.bias)

@@ -22,6 +22,7 @@ from causal_compress.recipe import DistillSection, InterveneSection
 from causal_compress.recover.compiling import compiled
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
 from causal_compress.recover.networks import answer, unobserved
+from causal_compress.recover.optimizers import optimizers_of
 from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
 from causal_compress.results import Epoch
 from causal_compress.understand.intervene import intervened
@@ -29,7 +30,6 @@ from causal_compress.understand.intervene import intervened
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_MOMENTUM = 0.9
 _ROWS_WATCHED = 2000
 _EVALUATION_BATCH = 256
 _FEWEST_ROWS = 50  # to say from them that a network answers everything alike
@@ -76,7 +76,7 @@ class Learner:
     student: nn.Module
     parallel: nn.Module
     plain: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     average: AveragedModel | None
 
     @property
@@ -87,12 +87,14 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on, as tensors and plain data."""
         average = None if self.average is None else self.average.state_dict()
-        return {"student": self.student.state_dict(), "average": average, "optimizer": self.optimizer.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"student": self.student.state_dict(), "average": average, "optimizers": optimizers}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave."""
         self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
@@ -117,7 +119,7 @@ def place_network(network: nn.Module, device: torch.device, data: Data) -> nn.Mo
 
 
 def prepare(course: Course, watched: nn.Module) -> Learner:
-    """Sets up optimizer, average and, on several processes, the exchange of gradients.
+    """Sets up optimizers, average and, on several processes, the exchange of gradients.
 
     Args:
         course: Where and how to train.
@@ -125,20 +127,14 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
     """
     section = course.section
     student = place_network(watched.requires_grad_(True), course.device, course.data)
-    # Norms and biases set scale and offset; shrinking them regularises nothing.
-    groups = [
-        {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=section.learning_rate, momentum=_MOMENTUM, nesterov=True)
     average = None
     if section.ema > 0:
         average = AveragedModel(student, multi_avg_fn=_averaging(section.ema), use_buffers=True)
-    parallel, optimizer = course.accelerator.prepare(student, optimizer)
+    parallel, *optimizers = course.accelerator.prepare(student, *optimizers_of(student, section))
     plain = unobserved(student) if parallel is student else parallel
     if course.compiled:
         parallel, plain = compiled(parallel), compiled(plain)
-    return Learner(student, parallel, plain, optimizer, average)
+    return Learner(student, parallel, plain, tuple(optimizers), average)
 
 
 def _averaging(decay: float) -> Callable[..., None]:
@@ -178,7 +174,7 @@ def train_epoch(course: Course, learner: Learner, index: int) -> Epoch:
         for number, batch in enumerate(_batches(course, index)):
             step = index * course.steps_per_epoch + number
             rate = learning_rate_at(step, course.steps, course.section.learning_rate)
-            total += _step(course, learner, batch, step, rate)
+            total += _step(course, learner, batch, step)
     loss = course.accelerator.reduce(total / course.steps_per_epoch, "mean").item()
     seconds = time.perf_counter() - started
     with course.autocast():
@@ -253,18 +249,20 @@ def _own_rows(course: Course, batch: _Batch) -> _Batch:
     return _Batch(x.contiguous(memory_format=layout), labels, counted, batch.key)
 
 
-def _step(course: Course, learner: Learner, batch: _Batch, step: int, rate: float) -> Tensor:
+def _step(course: Course, learner: Learner, batch: _Batch, step: int) -> Tensor:
     """One optimizer step; returns the loss before it."""
     loss = _loss(course, learner, batch, step)
-    learner.optimizer.zero_grad()
+    for optimizer in learner.optimizers:
+        optimizer.zero_grad()
     course.accelerator.backward(loss)
     norm = get_total_norm([p.grad for p in learner.student.parameters() if p.grad is not None])
     _refuse_non_finite(course, loss, norm, step)
     if course.section.clip_norm is not None:
         clip_grads_with_norm_(learner.student.parameters(), course.section.clip_norm, norm)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = rate
-    learner.optimizer.step()
+    for optimizer in learner.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, course.steps, group["peak"])
+        optimizer.step()
     if learner.average is not None:
         learner.average.update_parameters(learner.student)
     return loss.detach()
