@@ -41,7 +41,15 @@ SIDE = 96
 WIDTHS = [0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09, 0.0625, 0.045, 0.03, 0.02, 0.01, 0.005, 0.0025, 0.0012]
 
 # Tiny students want other things than small ones: labels, batch norms on the way, large steps. Chosen on validation.
-RECOVERY = {"views": 4, "norms": True, "learning_rate": 0.1, "label_weight": 0.5, "temperature": 2.0, "clip_norm": 2.0}
+RECOVERY = {
+    "views": 4,
+    "norms": True,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "label_weight": 0.5,
+    "temperature": 2.0,
+    "clip_norm": 2.0,
+}
 
 
 def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int, threads: int | None = None) -> Recipe:

@@ -186,7 +186,7 @@ def measure(case: Case, name: str, method: Method, epochs: int) -> tuple[NDArray
     if epochs:
         section = (case.recipe.distill or DistillSection()).model_copy(update={"epochs": epochs})
         if name == SCRATCH:
-            section = section.model_copy(update={"learning_rate": SCRATCH_RATE})
+            section = section.model_copy(update={"optimizer": "sgd", "learning_rate": SCRATCH_RATE})
         teacher = case.network.graph
         model, _ = distill(
             model, teacher, pairs, case.data, section, seed=case.recipe.seed, device="cpu", progress_dir=None

@@ -194,7 +194,9 @@ def test_dropout_rests(student: nn.Module, teacher: nn.Module) -> None:
 
 def test_long_gradients_are_shortened(student: nn.Module, teacher: nn.Module) -> None:
     def moved(clip: float | None) -> float:
-        trained = run(student, teacher, section(epochs=1, optimizer="sgd", weight_decay=0.0, ema=0.0, clip_norm=clip))[0]
+        trained = run(student, teacher, section(epochs=1, optimizer="sgd", weight_decay=0.0, ema=0.0, clip_norm=clip))[
+            0
+        ]
         before = dict(student.named_parameters())
         return sum((p - before[name]).norm().item() for name, p in trained.named_parameters())
 

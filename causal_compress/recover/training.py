@@ -299,9 +299,15 @@ def _refuse_non_finite(course: Course, loss: Tensor, norm: Tensor, step: int) ->
         f"distill: loss or gradient is not finite in epoch {epoch + 1}, step {number + 1} of {course.steps_per_epoch}",
         found=f"loss {loss.item():g}, norm of the gradient {norm.item():g}",
         wanted="finite numbers; the step was not taken",
-        remedy=f"lower distill.learning_rate (now {course.section.learning_rate:g}), raise distill.batch_size"
+        remedy=f"lower {_rates(course.section)}, raise distill.batch_size"
         + (", or set distill.precision to fp32" if course.bf16 else ""),
     )
+
+
+def _rates(section: DistillSection) -> str:
+    """The keys that say how far a step goes, with their values."""
+    rates = f"distill.learning_rate (now {section.learning_rate:g})"
+    return rates if section.optimizer == "sgd" else f"{rates}, distill.relative_rate (now {section.relative_rate:g})"
 
 
 def _refuse_collapse(course: Course, seen: Seen, found: str) -> None:
@@ -311,7 +317,7 @@ def _refuse_collapse(course: Course, seen: Seen, found: str) -> None:
         "distill: the student gives every validation input the same class",
         found=found,
         wanted="a student that tells classes apart",
-        remedy=f"lower distill.learning_rate (now {course.section.learning_rate:g}) or distill.clip_norm"
+        remedy=f"lower {_rates(course.section)} or distill.clip_norm"
         f" (now {course.section.clip_norm}), or set distill to null to keep the student as the surgery left it",
     )
 
