@@ -127,6 +127,8 @@ def measure(folder: Path, work: Path, removed_pct: float, seed: int) -> dict[str
         "teacher_params": teacher.params,
         "verdict": outcome.scorecard.verdict,
         "seconds": round(seconds, 1),
+        "optimizer": recipe.distill.optimizer if recipe.distill else None,
+        "epochs": recipe.distill.epochs if recipe.distill else 0,
     }
 
 
