@@ -14,10 +14,11 @@ from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
 
 _MAX_SHOWN = 12
+_BEFORE = {"distill": {"optimizer": "sgd"}}  # what was done before a key existed, if not what is its default
 
 
 def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
-    """Refuse a run folder of another recipe; keys that did not exist when it was made count as their defaults.
+    """Refuse a run folder of another recipe; keys that did not exist when it was made count as what was done then.
 
     Args:
         folder: The run folder.
@@ -41,12 +42,21 @@ def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
 
 
 def _read(file: Path) -> Any:
-    """The recipe with today's defaults filled in; as it stands if it is none any more; None if it can't be read."""
-    with suppress(RecipeError):
-        return load_recipe(file).model_dump(mode="json")
+    """The recipe with what absent keys stood for; as it stands if it is none any more; None if it can't be read."""
+    written = None
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    return None
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    with suppress(RecipeError):
+        return load_recipe(file, list(_unsaid(written))).model_dump(mode="json")
+    return written
+
+
+def _unsaid(written: Any) -> Iterator[str]:
+    """Overrides for keys that the recipe was written without, where what was done then is not the default now."""
+    for section, keys in _BEFORE.items():
+        said = written.get(section) if isinstance(written, dict) else None
+        if isinstance(said, dict):
+            yield from (f"{section}.{key}={value}" for key, value in keys.items() if key not in said)
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -115,6 +115,20 @@ def test_a_folder_made_before_a_recipe_key_existed_goes_on(tmp_path):
     assert read_provenance(tmp_path).recipe_sha256 == recipe_sha256(RECIPE)
 
 
+def test_a_folder_from_before_muon_was_trained_by_sgd(tmp_path):
+    run_once(tmp_path, Work())
+    file = tmp_path / "recipe.resolved.yaml"
+    written = yaml.safe_load(file.read_text())
+    del written["distill"]["optimizer"]
+    file.write_text(yaml.safe_dump(written))
+    told = json.loads((tmp_path / "run.json").read_text()) | {"recipe_sha256": "of the recipe without it"}
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    with pytest.raises(RunFolderError, match="optimizer is 'sgd' there, 'muon' now"), opened(tmp_path, RECIPE):
+        pytest.fail("the student was trained by SGD")
+    with opened(tmp_path, Recipe.model_validate({"distill": {"optimizer": "sgd"}})):
+        pass
+
+
 def test_only_what_differs_is_told_and_an_edited_recipe_does_no_harm(tmp_path):
     run_once(tmp_path, Work())
     file = tmp_path / "recipe.resolved.yaml"
