@@ -97,14 +97,19 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def forget(folder, key):
+    """The run folder as it was before a key of `distill` existed."""
+    recipe, told = folder / "recipe.resolved.yaml", folder / "run.json"
+    written = yaml.safe_load(recipe.read_text())
+    del written["distill"][key]
+    recipe.write_text(yaml.safe_dump(written))
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"recipe_sha256": "of the recipe without it"}))
+
+
 def test_a_folder_made_before_a_recipe_key_existed_goes_on(tmp_path):
     work = Work()
     run_once(tmp_path, work)
-    written = yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())
-    del written["distill"]["views"]
-    (tmp_path / "recipe.resolved.yaml").write_text(yaml.safe_dump(written))
-    told = json.loads((tmp_path / "run.json").read_text()) | {"recipe_sha256": "of the recipe without it"}
-    (tmp_path / "run.json").write_text(json.dumps(told))
+    forget(tmp_path, "views")
     before = snapshot(tmp_path)
     other = Recipe.model_validate({"distill": {"views": 4}})
     with pytest.raises(RunFolderError, match="views is None there, 4 now"), opened(tmp_path, other):
@@ -117,12 +122,7 @@ def test_a_folder_made_before_a_recipe_key_existed_goes_on(tmp_path):
 
 def test_a_folder_from_before_muon_was_trained_by_sgd(tmp_path):
     run_once(tmp_path, Work())
-    file = tmp_path / "recipe.resolved.yaml"
-    written = yaml.safe_load(file.read_text())
-    del written["distill"]["optimizer"]
-    file.write_text(yaml.safe_dump(written))
-    told = json.loads((tmp_path / "run.json").read_text()) | {"recipe_sha256": "of the recipe without it"}
-    (tmp_path / "run.json").write_text(json.dumps(told))
+    forget(tmp_path, "optimizer")
     with pytest.raises(RunFolderError, match="optimizer is 'sgd' there, 'muon' now"), opened(tmp_path, RECIPE):
         pytest.fail("the student was trained by SGD")
     with opened(tmp_path, Recipe.model_validate({"distill": {"optimizer": "sgd"}})):
