@@ -7,7 +7,6 @@ after its activation.
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,12 +16,12 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.utils import parametrize
 
 from causal_compress.errors import TraceError
 from causal_compress.results import Chain, Fold, RegionInfo, Skip
 from causal_compress.understand.cost import count_macs
 from causal_compress.understand.graph import common_name, extract, get_module, make_pure
+from causal_compress.understand.settled import settled_copy
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +97,7 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
     Raises:
         TraceError: the model can't be run on the example, or does not return one logits tensor.
     """
-    model = copy.deepcopy(model).eval()
-    _settle_parametrizations(model)
+    model = settled_copy(model)
     check_runs(model, example_input)
     graph, untraced = _trace_with_leaves(model)
     with torch.no_grad():
@@ -109,21 +107,6 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return analyse(graph, example_input, untraced)
-
-
-def _settle_parametrizations(model: nn.Module) -> None:
-    """Weights that are computed on each call (weight norm, spectral norm) become what they are in evaluation mode.
-
-    PyTorch's own `remove_parametrizations` would take them off the model's copies too, which share its classes.
-    """
-    for module in [module for module in model.modules() if parametrize.is_parametrized(module)]:
-        parametrizations = module.get_submodule("parametrizations")
-        with torch.no_grad():
-            settled = {name: getattr(module, name).detach().clone() for name, _ in parametrizations.named_children()}
-        module.__class__ = parametrize.type_before_parametrizations(module)
-        del module.parametrizations
-        for name, value in settled.items():
-            module.register_parameter(name, nn.Parameter(value))
 
 
 def check_runs(model: nn.Module, example_input: Tensor) -> None:
