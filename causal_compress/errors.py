@@ -7,6 +7,7 @@ CausalCompressError              exit 1
 ├── DataError                    exit 1   data that can't be read, is empty, holds NaN or has the wrong shape
 ├── TeacherError                 exit 1   the teacher is not better than chance: wrong preprocessing?
 ├── TraceError                   exit 1   a network that can't be run or analysed at all
+├── SurgeryError             exit 1   a smaller network that differs from what was measured
 ├── RunFolderError               exit 1   a busy, foreign, read-only, full or damaged run folder
 ├── NumericalError               exit 1   NaN or infinity where a number was wanted
 ├── ExportError                  exit 1   a model that can't be exported or differs after the export
@@ -66,6 +67,10 @@ class TeacherError(CausalCompressError):
 
 class TraceError(CausalCompressError):
     """A network that can't be run on the example input, or that offers nothing to analyse."""
+
+
+class SurgeryError(CausalCompressError):
+    """A smaller network that does not compute what was measured."""
 
 
 class RunFolderError(CausalCompressError):

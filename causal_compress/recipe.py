@@ -150,8 +150,10 @@ class PlanSection(Section):
     )
     min_channels: Positive = Field(4, description="never fewer channels than this in a group")
     temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")
-    include: list[str] = Field(["*"], description="patterns of module names that may change")
-    exclude: list[str] = Field(default_factory=list, description="patterns of module names that stay")
+    include: list[str] = Field(["*"], description="patterns of names of modules that may change, with all inside them")
+    exclude: list[str] = Field(
+        default_factory=list, description="patterns of names of modules that keep their outputs, likewise"
+    )
     undo: list[str] = Field(
         default_factory=list, description="nodes that stay whole, named as in the ledger: a region, or FIRST..LAST"
     )

@@ -127,7 +127,7 @@ BY_MACS, BY_PARAMS, BY_LATENCY = np.eye(len(KINDS))
 
 
 def all_plans(known: Candidates, at: int = 0, share: float = 1.0) -> Iterator[tuple[Price, list[Candidate]]]:
-    """Every sequence of candidates that covers the chain and in which each reads what the one before writes."""
+    """Every sequence of candidates that covers the chain and in which each reads what the one before can write."""
     for row in known.rows:
         if row.first != at or row.inputs_kept != share:
             continue
@@ -135,6 +135,8 @@ def all_plans(known: Candidates, at: int = 0, share: float = 1.0) -> Iterator[tu
             yield _price(row, 1.0, (0.0, 0.0, 0.0)), [row]
             continue
         for out in {other.inputs_kept for other in known.rows if other.first == row.last + 1}:
+            if out < 1.0 and row.macs_out == 0:
+                continue
             for cost, rest in all_plans(known, row.last + 1, out):
                 yield _price(row, out, cost), [row, *rest]
 
@@ -148,7 +150,8 @@ def _price(row: Candidate, out: float, rest: Price) -> Price:
 @st.composite
 def small_sets(draw: st.DrawFn) -> Candidates:
     regions = draw(st.integers(1, 4))
-    rows = kept_whole(regions)
+    outs = [draw(st.sampled_from([0, 30])) for _ in range(regions)]
+    rows = [candidate(index, index, macs=(MACS - out, out)) for index, out in enumerate(outs)]
     number = st.floats(0, 40).map(lambda value: round(value, 2))
     for _ in range(draw(st.integers(0, 9))):
         first = draw(st.integers(0, regions - 1))

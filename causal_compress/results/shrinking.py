@@ -45,6 +45,11 @@ class Candidate:
     relative_error: float
     ranks: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def narrows_output(self) -> bool:
+        """Whether the part can write fewer channels."""
+        return self.macs_out > 0
+
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class CutGroup:

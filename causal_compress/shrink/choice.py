@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from causal_compress.results import Candidate
 from causal_compress.shrink.channels import ChannelGroup
@@ -26,14 +26,22 @@ from causal_compress.shrink.repair import (
     write_solution,
 )
 from causal_compress.shrink.widths import aligned
-from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import find_tail
+from causal_compress.understand.graph import ancestors, ends, fetch, get_module, observer
+from causal_compress.understand.tail import Tail, find_tail
 
 if TYPE_CHECKING:
     from causal_compress.shrink.measure import Sweep
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 PATH_PENALTY = 1e-3
+_CHANNELWISE = (
+    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Identity, nn.ReLU,
+)  # fmt: skip
+_CHANNELWISE_NAMES = {
+    "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "dropout", "flatten",
+    "relu",
+}  # fmt: skip
 
 Known = tuple[Fitted, tuple[Tensor, Tensor]]
 Shares = dict[str, tuple[float, float]]
@@ -82,6 +90,12 @@ class Choice:
             assert self.tail is not None
             self._fit_tail()
             self.error = self._weighed_error()
+
+    def reads_cut(self) -> bool:
+        """Whether the part can do with fewer channels of the cut point before it: its tail alone reads them."""
+        if self.tail is None or self.adapter == "project":
+            return False
+        return self.first == self.representative or reads_channels(self.part, self.tail)
 
     def _fit_projection(self) -> None:
         name = f"adapter_{self.first}_{self.last}"
@@ -199,7 +213,8 @@ class Choice:
         return sums
 
     def _writers(self) -> set[str]:
-        if self.tail is None or self.last not in self.sweep.widths.cuts:
+        """The layers whose outputs shrink with the cut point behind the part: none where anything is added to them."""
+        if self.tail is None or self.last not in self.sweep.widths.cuts or self.tail.skip or self.tail.undo:
             return set()
         return {self.tail.affine, self.tail.norm or self.tail.affine, *self.sweep.widths.cuts[self.last].passing}
 
@@ -236,6 +251,20 @@ class Choice:
         if self.tail is not None and layer == self.tail.affine:
             return self.tail.norm
         return find_site(part, layer).norm
+
+
+def reads_channels(part: fx.GraphModule, tail: Tail) -> bool:
+    """Whether a part's last affine layer is the only reader of what enters it, channel by channel."""
+    entry, _ = ends(part)
+    between = [node for node in (tail.features, *ancestors(tail.features)) if node is not entry]
+    return tail.skip is None and not tail.undo and all(_is_channelwise(part, node) for node in between)
+
+
+def _is_channelwise(part: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node treats every channel alike and by itself, and leaves them in their order."""
+    if node.op == "call_module":
+        return isinstance(get_module(part, node), _CHANNELWISE)
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _CHANNELWISE_NAMES
 
 
 def project(part: fx.GraphModule, name: str, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:

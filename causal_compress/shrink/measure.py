@@ -29,7 +29,7 @@ from causal_compress.shrink.repair import tail_too_large
 from causal_compress.shrink.targets import before_and_after
 from causal_compress.shrink.widths import Widths, find_widths, level_counts
 from causal_compress.understand.algebra import saved
-from causal_compress.understand.network import is_allowed
+from causal_compress.understand.network import may_be_merged
 from causal_compress.understand.trace import Network
 
 _MOST_RANKS = 12
@@ -77,10 +77,10 @@ def measure(
 def _spans(network: Network, effects: Effects, section: PlanSection, first: int) -> Iterator[int]:
     """Last regions of the spans that CKA proposes: every site inside is similar enough to the one at the end."""
     yield first
-    if not is_allowed(network.regions[first].info.name, section):
+    if not may_be_merged(network.regions[first], section):
         return
     for last in range(first + 1, min(first + section.max_span, len(network.regions))):
-        if not is_allowed(network.regions[last].info.name, section):
+        if not may_be_merged(network.regions[last], section):
             return
         if min(effects.cka[site][last] for site in range(first, last)) >= 1 - section.max_epsilon:
             yield last
@@ -178,14 +178,14 @@ class Sweep:
         for counts in level_counts([group.channels for group in inner], self.section):
             found.append(choice.measured(_by_producer(inner, counts), 1.0))
         cut = self.widths.cuts.get(choice.first - 1)
-        if cut is not None and choice.adapter != "project" and choice.tail is not None:
+        if cut is not None and choice.reads_cut():
             for (count,) in level_counts([cut.channels], self.section):
                 found.append(choice.measured({}, count / cut.channels))
         return found
 
     def _ranks(self, choice: Choice, narrowed: Sequence[Candidate]) -> list[Candidate]:
         """Low ranks at full and at smaller widths: those measured for which no cheaper form loses less variance."""
-        if not self.section.low_rank or not is_allowed(self._name(choice.first), self.section):
+        if not self.section.low_rank:
             return []
         inner = self.widths.inner.get(choice.representative, [])
         levels = [{}, *(_by_producer(inner, c) for c in level_counts([g.channels for g in inner], self.section))]

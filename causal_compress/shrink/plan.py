@@ -254,6 +254,8 @@ def _sweep(candidates: Candidates, prices: Prices, mixture: Costs) -> tuple[list
             if abs(candidate.inputs_kept - share) > 1e-9:
                 continue
             for out in shares_of[candidate.last]:
+                if out < 1.0 and not candidate.narrows_output:
+                    continue
                 cost = prices.fixed[position] + out * prices.out[position]
                 step = _step(points[index], cost, candidate.harm_kl, (index, position))
                 arriving.setdefault(number[candidate.last, out], []).append(step)

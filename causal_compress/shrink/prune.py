@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from causal_compress.errors import SurgeryError
 from causal_compress.progress import progress
 from causal_compress.recipe import PruneSection
 from causal_compress.results import Candidate, Change, Decision, Factor, Keep, Plan, Skip
@@ -41,6 +42,7 @@ from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail, rectif
 
 Watch = Callable[[Tensor], Sequence[Tensor]]
 RECTIFIED_ROUNDS = 2
+_COMPOSITION_KL = 1e-3  # nats; sums of floats in another order differ by a thousandth of it
 
 
 def prune(
@@ -56,10 +58,14 @@ def prune(
 
     Returns:
         The student, ledger lines, refusals.
+
+    Raises:
+        SurgeryError: the whole network computes something else than its parts, so the ledger would be wrong.
     """
     work = _Work(copied(student), front, section)
     for index, decision in enumerate(progress(plan.decisions, label="removing channels and refitting", unit="node")):
         work.carry_out(index, decision)
+    work.check_composition()
     work.reestimate_norms()
     surgery = replace(
         student.surgery,
@@ -300,6 +306,18 @@ class _Work:
         always = last and self.section.head_refit == "always"
         where = (tail.affine, tail.norm)
         return self._settle(part, where, rectifier_ceiling(part, tail.pre), equations, always=always)
+
+    def check_composition(self) -> None:
+        """Refuse a student that is not what was measured: parts that share state, or channels taken out elsewhere."""
+        ledger, whole = self.front.harm_kl, self._kl(self.student.graph)
+        if abs(whole - ledger) > _COMPOSITION_KL + 0.01 * ledger:
+            raise SurgeryError(
+                "the smaller network does not compute what its parts were measured to",
+                found=f"held-out output KL {whole:.4f} nats as a whole",
+                wanted=f"{ledger:.4f} nats, as its parts give one after the other",
+                remedy="set plan.depth, plan.width or plan.low_rank to false in turn, or name modules that are used in "
+                "several places in plan.exclude; and report it: the analysis should have left them alone",
+            )
 
     def reestimate_norms(self) -> None:
         """Batch norm statistics from the student's own activations, kept where the held-out KL falls."""

@@ -14,6 +14,7 @@ from causal_compress.shrink.choice import Choice, Shape
 from causal_compress.shrink.lowrank import Components, components, cost_share, reduced
 from causal_compress.shrink.repair import affine_layers, current_affine, too_large, write_solution
 from causal_compress.understand.graph import fetch
+from causal_compress.understand.network import is_allowed
 
 WORTHWHILE = 0.95
 """Two layers may cost at most this share of the one that they replace."""
@@ -29,7 +30,7 @@ class Spectrum:
 
 
 def spectra(choice: Choice, shape: Shape) -> dict[str, Spectrum]:
-    """The components of every layer of a shape, on the teacher's activations.
+    """The components of every layer of a shape that may change, on the teacher's activations.
 
     Args:
         choice: A region as its own representative.
@@ -37,7 +38,7 @@ def spectra(choice: Choice, shape: Shape) -> dict[str, Spectrum]:
     """
     known = {}
     for layer in affine_layers(shape.part):
-        if too_large(fetch(shape.part, layer)) is None:
+        if is_allowed(layer, choice.sweep.section) and too_large(fetch(shape.part, layer)) is None:
             weight, _ = current_affine(shape.part, layer, choice.norm(shape.part, layer))
             stays = shape.kept.get(layer, torch.arange(weight.shape[1]))
             found = components(choice.reader(layer)[0].both(), weight[:, stays])

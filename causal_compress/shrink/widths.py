@@ -13,7 +13,7 @@ from causal_compress.results import Skip
 from causal_compress.shrink.channels import ChannelGroup, find_groups
 from causal_compress.shrink.repair import inner_groups, too_large
 from causal_compress.understand.graph import fetch
-from causal_compress.understand.network import is_allowed
+from causal_compress.understand.network import is_allowed, is_excluded
 from causal_compress.understand.tail import find_tail
 from causal_compress.understand.trace import Network
 
@@ -36,7 +36,7 @@ def find_widths(network: Network, section: PlanSection) -> Widths:
     """
     found, skips = find_groups(network.graph, network.example_input)
     groups, vast = readable(network.graph, found)
-    allowed = [group for group in groups if is_allowed(group.producer, section)]
+    allowed = [group for group in groups if _may_shrink(group, section)]
     refused = [
         Skip(what=f"width of {g.producer}", reason="excluded by plan.include/exclude")
         for g in groups
@@ -54,6 +54,11 @@ def find_widths(network: Network, section: PlanSection) -> Widths:
         else:
             cuts[index] = group
     return Widths(inner, cuts, (*skips, *vast, *refused))
+
+
+def _may_shrink(group: ChannelGroup, section: PlanSection) -> bool:
+    written = all(is_allowed(layer, section) for layer in group.writers)
+    return written and not any(is_excluded(layer, section) for layer in group.passing)
 
 
 def readable(graph: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[Skip]]:
