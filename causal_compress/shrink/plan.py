@@ -253,9 +253,7 @@ def _sweep(candidates: Candidates, prices: Prices, mixture: Costs) -> tuple[list
             candidate = candidates.rows[position]
             if abs(candidate.inputs_kept - share) > 1e-9:
                 continue
-            for out in shares_of[candidate.last]:
-                if out < 1.0 and not candidate.narrows_output:
-                    continue
+            for out in (share for share in shares_of[candidate.last] if share == 1.0 or candidate.narrows_output):
                 cost = prices.fixed[position] + out * prices.out[position]
                 step = _step(points[index], cost, candidate.harm_kl, (index, position))
                 arriving.setdefault(number[candidate.last, out], []).append(step)
