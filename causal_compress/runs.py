@@ -157,7 +157,8 @@ class Run:
         try:
             with peak_memory() as peak:
                 result = self._call(compute, scratch)
-            seconds = time.perf_counter() - start
+            # A result of work that went on where an earlier process was cut off has taken longer than this process.
+            seconds = max(time.perf_counter() - start, getattr(result, "seconds", 0.0))
             content = reader.dump_json(result, indent=1, warnings="error") + b"\n"
             with disk_errors(self.folder):
                 files = self._move_in(scratch) | {f"{name}.json": hashlib.sha256(content).hexdigest()}

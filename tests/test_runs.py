@@ -12,7 +12,7 @@ from causal_compress.errors import RunFolderError
 from causal_compress.files import sha256_of_file, sha256_of_json
 from causal_compress.provenance import machine, peak_memory
 from causal_compress.recipe import PlanSection, Recipe
-from causal_compress.results import Accuracy, Skip
+from causal_compress.results import Accuracy, Distilled, Epoch, Skip
 from causal_compress.runs import read_provenance, read_result
 
 
@@ -41,6 +41,27 @@ def test_run_json_tells_where_the_numbers_come_from(tmp_path):
     assert record.files["rewrite.safetensors"] == sha256_of_file(tmp_path / "rewrite.safetensors")
     assert record.peak_memory_bytes > 10 * 2**20
     assert (tmp_path / "recipe.resolved.yaml").exists()
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(3600.0, 2), (0.0, 1)])
+def test_time_spent_before_a_run_was_cut_off_counts(tmp_path, seconds, epochs):
+    trained = Distilled(
+        epochs=tuple(
+            Epoch(epoch=number, loss=1.0, learning_rate=0.1, validation_pct=50.0, seconds=seconds)
+            for number in range(1, epochs + 1)
+        ),
+        validation=Accuracy(pct=50.0, n=2, low_pct=1.0, high_pct=99.0),
+        images_per_second=1.0,
+        precision="fp32",
+        averaged=True,
+        device="cpu",
+        processes=1,
+        compiled=False,
+    )
+    with opened(tmp_path) as run:
+        assert run.stage("distill", Distilled, lambda _: trained, depends={}) == trained
+    (record,) = read_provenance(tmp_path).stages
+    assert (7200.0 if seconds else 0.0) <= record.seconds <= (7200.0 if seconds else 60.0)
 
 
 def test_another_dependency_computes_anew(tmp_path):

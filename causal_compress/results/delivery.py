@@ -33,6 +33,11 @@ class Distilled:
     processes: int
     compiled: bool
 
+    @property
+    def seconds(self) -> float:
+        """What all epochs took, also those of an earlier process."""
+        return sum(epoch.seconds for epoch in self.epochs)
+
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Parity:
