@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import traceback
@@ -14,12 +15,18 @@ from causal_compress.progress import enabled
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from causal_compress.doctor import Diagnosis
     from causal_compress.results import Plan, Scorecard, ScoreRow
 
 TRACEBACKS = 5
 """Logging level below DEBUG at which faults are shown with their traceback (`-vv`)."""
+
+_PROSE = 24
+"""Cells of a table on a terminal are broken, between words, only where they are longer: figures stay on one line."""
+
+_Column = Sequence[str]  # its heading, then its cells
 
 
 @contextmanager
@@ -56,8 +63,23 @@ def _handler(console: Console) -> logging.Handler:
 
 
 def tell(text: str) -> None:
-    """Prints a result."""
-    sys.stdout.write(text + "\n")
+    """Prints a result; characters that the encoding of stdout lacks are escaped as in JSON, so that JSON stays JSON."""
+    sys.stdout.write(_sayable(text) + "\n")
+
+
+def _sayable(text: str) -> str:
+    encoding = sys.stdout.encoding or "utf-8"  # None: a StringIO
+    if _exists(text, encoding):
+        return text
+    return "".join(char if _exists(char, encoding) else json.dumps(char)[1:-1] for char in text)
+
+
+def _exists(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def complain(error: CausalCompressError) -> int:
@@ -93,22 +115,86 @@ def _shortened(text: str, length: int) -> str:
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table on a terminal, aligned columns in a pipe, however wide they are."""
+    """Prints a table on a terminal, aligned columns in a pipe, however wide they are.
+
+    On a terminal too narrow for it the table is cut between columns, or turned on its side, rows next to each other,
+    and cut between them: nothing in it is left out.
+    """
     from rich.console import Console
 
-    console = Console()
+    console, table = Console(), [[_sayable(cell) for cell in row] for row in (header, *rows)]
     if console.is_terminal:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+        for part in _parts_that_fit(table, console.width):
+            console.print(_drawn(part, console.width))
         return
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+
+
+def _parts_that_fit(table: Sequence[_Column], width: int) -> list[list[_Column]]:
+    """The table's columns as one table or several, each beginning with what tells its rows apart."""
+    columns: list[_Column] = list(zip(*table, strict=True))
+    upright = _cut(columns, _identifying(columns), width)
+    if len(table) == 1 or (len(upright) == 1 and _fits(upright[0], width)):
+        return upright
+    sideways = _cut(table, 1, width)
+    return upright if len(upright) < len(sideways) and all(_fits(part, width) for part in upright) else sideways
+
+
+def _identifying(columns: Sequence[_Column]) -> int:
+    """How many columns, from the left, are needed for no two rows to be alike in them."""
+    for count in range(1, len(columns)):
+        if len(set(zip(*columns[:count], strict=True))) == len(columns[0]):
+            return count
+    return 1
+
+
+def _cut(columns: Sequence[_Column], repeated: int, width: int) -> list[list[_Column]]:
+    """As few parts as fit, of about equal numbers of columns, the first columns in each; single ones if none fit."""
+    first, rest = columns[:repeated], columns[repeated:]
+    parts = [list(columns)]
+    for count in range(1, len(rest) + 1):
+        size = -(-len(rest) // count)
+        parts = [[*first, *rest[start : start + size]] for start in range(0, len(rest), size)]
+        if all(_fits(part, width) for part in parts):
+            break
+    return parts
+
+
+def _fits(columns: Sequence[_Column], width: int) -> bool:
+    return sum(map(_least, columns)) <= _inside(columns, width)
+
+
+def _inside(columns: Sequence[_Column], width: int) -> int:
+    return width - 3 * len(columns) - 1  # a cell has a blank on either side and a line on its right
+
+
+def _least(column: _Column) -> int:
+    """Width below which a figure or a word would be broken."""
+    return min(_most(column), max(_PROSE, _most([word for cell in column for word in cell.split()])))
+
+
+def _most(texts: Sequence[str]) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, texts), default=0)
+
+
+def _drawn(columns: Sequence[_Column], width: int) -> Table:
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    room, widths = _inside(columns, width), [_most(column) for column in columns]
+    least = [_least(column) if _fits(columns, width) else 1 for column in columns]
+    while sum(widths) > room and widths != least:
+        widest = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n], n))
+        widths[widest] -= 1
+    heads = [Text(column[0]) for column in columns]
+    table = Table(*(Column(head, width=wide, overflow="fold") for head, wide in zip(heads, widths, strict=True)))
+    for row in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def show_scorecard(scorecard: Scorecard) -> None:

@@ -243,6 +243,19 @@ def test_costs_are_judged(key, limit, expected):
     assert "0.5000" in reasons[0]
 
 
+def test_latency_is_judged_on_int8_where_that_was_chosen():
+    rows = [
+        row("teacher", runtime="onnxruntime"),
+        student(runtime="onnxruntime", speedup=1.2, speedup_ci=(1.1, 1.3)),
+        student(runtime="onnxruntime", precision="int8", speedup=2.0, speedup_ci=(1.9, 2.1)),
+    ]
+    budget = BudgetSection(latency_ms={"keep": 0.6})
+    outcome, (reason,) = verdict(rows, budget)
+    assert outcome == "PASS"
+    assert reason.startswith("0.500 of the teacher's latency kept on onnxruntime int8, batch 1")
+    assert verdict(rows[:2], budget)[0] == "FAIL"
+
+
 def test_missed_cost_outweighs_an_inconclusive_drop():
     rows = [row("teacher"), student(drop_pp=1, drop_ci_pp=(0, 2))]
     outcome, reasons = verdict(rows, BudgetSection(macs=0.4, max_accuracy_drop=1))
@@ -276,6 +289,30 @@ def test_disagreeing_runtimes_are_said():
     ]
     (note,) = measured_notes(rows)
     assert "disagree on the student" in note
+
+
+def int8(**changes) -> ScoreRow:
+    return student(runtime="onnxruntime", precision="int8", **changes)
+
+
+def test_int8_that_answers_otherwise_than_fp32_is_no_disagreement_of_runtimes():
+    fp32 = [row("teacher"), student(), row("teacher", runtime="onnxruntime"), student(runtime="onnxruntime")]
+    assert measured_notes([*fp32, int8(accuracy_pct=86)]) == ()
+    there = [row("teacher", runtime="openvino"), student(runtime="openvino")]
+    eight = [int8(accuracy_pct=86), student(runtime="openvino", precision="int8", accuracy_pct=88)]
+    (note,) = measured_notes([*fp32, *there, *eight])
+    assert note == "the runtimes disagree on the student's int8 accuracy: 86.00 % on onnxruntime, 88.00 % on openvino"
+
+
+def test_notes_and_reasons_name_the_precision():
+    rows = [
+        row("teacher", runtime="onnxruntime"),
+        student(runtime="onnxruntime"),
+        int8(speedup=0.8, speedup_ci=(0.7, 0.9), drop_pp=2.0, drop_ci_pp=(1.5, 2.5)),
+    ]
+    assert measured_notes(rows)[0].startswith("onnxruntime int8, batch 1, 1 thread(s): the student is slower")
+    _, (reason,) = verdict(rows, BudgetSection(max_accuracy_drop=1))
+    assert "2.00 pp on onnxruntime int8 (95 %" in reason
 
 
 def test_unmeasured_memory_is_said():

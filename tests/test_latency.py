@@ -169,7 +169,7 @@ def test_the_whole_way_within_a_latency(finished: tuple[Path, Scorecard]) -> Non
     plan = read_result(folder, "plan", Plan)
     assert plan.latency_measured is not None
     assert plan.latency_measured <= 0.7
-    assert "latency kept on onnxruntime, batch 1, 1 thread(s)" in " ".join(scorecard.reasons)
+    assert "latency kept on onnxruntime fp32, batch 1, 1 thread(s)" in " ".join(scorecard.reasons)
     stages = [stage["stage"] for stage in json.loads((folder / "run.json").read_text())["stages"]]
     assert stages.index("candidates") < stages.index("latency") < stages.index("plan")
 

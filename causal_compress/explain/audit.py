@@ -191,7 +191,7 @@ def _parting(pair: Pair, data: Data, split: Split, index: int) -> Parting:
         teacher_probability=float(pair.teacher.confidence[index]),
         student_probability=float(pair.student.confidence[index]),
         picture_png_base64=base64.b64encode(picture_png(split, index)).decode() if is_image else None,
-        row=None if is_image else row_text(split, data.features.names, index),
+        row=None if is_image else row_text(split, data.features.names, index, data.features.categories),
     )
 
 

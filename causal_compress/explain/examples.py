@@ -50,7 +50,7 @@ def _disagreement(data: Data, index: int, answers: torch.Tensor) -> Disagreement
         teacher_class=names[int(answers[0])],
         student_class=names[int(answers[1])],
         image_png=picture_png(data.validation, index) if is_image else None,
-        row=None if is_image else row_text(data.validation, data.features.names, index),
+        row=None if is_image else row_text(data.validation, data.features.names, index, data.features.categories),
     )
 
 
@@ -66,7 +66,21 @@ def picture_png(split: Split, index: int) -> bytes:
     return target.getvalue()
 
 
-def row_text(split: Split, names: Sequence[str], index: int) -> str:
-    """A raw row of a table with its column names."""
+def row_text(split: Split, names: Sequence[str], index: int, categories: Sequence[Sequence[str]] = ()) -> str:
+    """A raw row of a table with its column names.
+
+    Args:
+        split: Where the row is.
+        names: Of the columns.
+        index: Of the row in the split.
+        categories: Each column's categories as in `Features.categories`, empty for numbers; (): all are numbers.
+    """
     values = split.show([index])[0]
-    return ", ".join(f"{name} = {value:g}" for name, value in zip(names, values, strict=False))
+    known = categories or [()] * len(names)
+    return ", ".join(f"{name} = {_told(value, of)}" for name, value, of in zip(names, values, known, strict=False))
+
+
+def _told(value: float, categories: Sequence[str]) -> str:
+    if not categories:
+        return f"{value:.10g}"
+    return categories[int(value)] if value >= 0 else "unknown"
