@@ -223,3 +223,16 @@ def test_features_of_images(tmp_path: Path) -> None:
 def test_class_names_in_the_file(tmp_path: Path) -> None:
     x, y = images()
     assert load(npz(tmp_path, x=x, y=y, classes=np.array(["cat", "dog", "eel"]))).classes == ("cat", "dog", "eel")
+
+
+def test_a_class_without_inputs_keeps_its_place(tmp_path: Path) -> None:
+    x, y = images()
+    source = npz(tmp_path, x=x, y=np.where(y == 1, 3, y), classes=np.array(["ant", "bee", "cat", "dog", "eel"]))
+    data = load(source)
+    assert data.classes == ("ant", "bee", "cat", "dog", "eel")
+    assert all(set(split.labels.tolist()) == {0, 2, 3} for split in splits(data))
+
+
+def test_one_training_input_is_too_few(tmp_path: Path) -> None:
+    x, y = images()
+    assert "data.max_train leaves too few" in fault(npz(tmp_path, x=x, y=y), max_train=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from causal_compress.recipe import DataSection, NormalizeSection
         ({"x": np.zeros((9, 2)), "y": np.arange(8) % 2}, "9 and 8"),
         ({"x": np.zeros((9, 2)), "y": np.arange(9) % 2 + 1}, "labels are not 0..C-1"),
         ({"x": np.zeros((9, 2)), "y": np.arange(9) % 2 * 2}, "labels are not 0..C-1"),
+        ({"x": np.zeros((9, 2)), "y": np.arange(9) % 2 * 2}, "name all of them in the array `classes`"),
+        ({"x": np.zeros((9, 2)), "y": np.arange(9) % 3, "classes": np.array(["a", "b"])}, "at least 3 names"),
+        ({"x": np.zeros((9, 2)), "y": np.arange(9) % 2 - 1, "classes": np.array(["a", "b"])}, "labels -1..0"),
+        ({"x": np.zeros((9, 2)), "y": np.arange(9) % 2, "classes": np.array("ab")}, "classes is no list of names"),
         ({"x": np.zeros((9, 2)), "y": np.full(9, 0.5)}, "not integer labels"),
         ({"x": np.zeros((9, 2)), "y": np.eye(9)}, "y.argmax(1)"),
         ({"x": np.zeros((9, 2)), "y": np.array(["a", "b", "c"] * 3)}, "not integer labels"),
@@ -203,3 +209,94 @@ def test_faults_of_image_folders(tmp_path: Path) -> None:
     (tmp_path / "test" / "dog" / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"0\.png can't be decoded"):
         whole(load(source, image_size=8).test)
+
+
+def first_image(root: Path, content: bytes, name: str = "0.png") -> str:
+    """A folder of images of which the first one has other bytes."""
+    source = folder_of_images(root, (".",))
+    (root / "cat" / "0.png").unlink()
+    (root / "cat" / name).write_bytes(content)
+    return source
+
+
+def png(width: int, height: int, header: bool = True) -> bytes:
+    """The head of a PNG file, whose pixels are left out."""
+    fields = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)[: None if header else 8]
+    chunks = [(b"IHDR", fields), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("0.png", png(4, 4, header=False)), ("0.ppm", b"P6\nK55 3\n255\n"), ("0.png", png(20_000, 20_000))],
+    ids=["cut", "no numbers", "huge"],
+)
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_broken_or_huge_image_is_named(tmp_path: Path, name: str, content: bytes, image_size: int | None) -> None:
+    source = first_image(tmp_path, content, name)
+    with pytest.raises(DataError, match=r"cat.0\.p.. can't be decoded"):
+        [whole(split) for split in splits(load(source, image_size=image_size))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif"), (np.float32, "tif")]
+)
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_pixels_of_more_than_8_bits_are_refused_not_clipped(
+    tmp_path: Path, dtype: Any, suffix: str, image_size: int | None
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(6):
+            pixels = np.arange(64, dtype=dtype).reshape(8, 8) * dtype(3)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.{suffix}")
+    with pytest.raises(DataError, match=r"16-bit or float image(.|\n)*npz:"):
+        whole(load(f"imagefolder:{tmp_path}", channels=1, image_size=image_size).train)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_pixels_of_8_bits_are_read_in_every_mode(tmp_path: Path, mode: str) -> None:
+    source = folder_of_images(tmp_path, (".",))
+    for path in tmp_path.rglob("*.png"):
+        with Image.open(path) as image:
+            image.convert(mode).save(path.with_suffix(".tif"))
+        path.unlink()
+    assert load(source).input_shape == (3, 8, 10)
+
+
+@pytest.mark.parametrize("parts", [("Train", "Test"), ("TRAIN", "Val")])
+def test_the_case_of_the_parts_does_not_matter(tmp_path: Path, parts: tuple[str, str]) -> None:
+    data = load(folder_of_images(tmp_path, parts))
+    assert data.classes == ("cat", "dog")
+    assert len(data.test) == 12
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    source = folder_of_images(tmp_path, (".",))
+    (tmp_path / "dog").rename(tmp_path / "train")
+    assert load(source).classes == ("cat", "train")
+
+
+def test_images_beside_a_training_part_are_not_left_out_silently(tmp_path: Path) -> None:
+    source = folder_of_images(tmp_path, ("train",))
+    (tmp_path / "notes").mkdir()
+    assert load(source).classes == ("cat", "dog")
+    (tmp_path / "train" / "cat").rename(tmp_path / "cat")
+    message = fault(source)
+    assert "images beside it in cat" in message
+    assert "give that folder another name" in message
+
+
+def test_labels_that_only_decoding_shows_name_a_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Decoded:
+        def __init__(self, root: str, train: bool) -> None: ...
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            raise Image.DecompressionBombError("far too large")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Decoded)
+    assert "CIFAR10[0] can't be decoded" in fault(f"torchvision:CIFAR10:{tmp_path}")

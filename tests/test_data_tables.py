@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,68 @@ def test_bad_tables(tmp_path: Path) -> None:
 
 def test_identifiers_are_not_one_hot_encoded(tmp_path: Path) -> None:
     assert "too many categories" in fault(csv(tmp_path, frame(3000)), target="label", calibration=10, validation=10)
+
+
+def written(folder: Path, head: str, rows: Callable[[int], str], name: str = "written.csv") -> str:
+    """A csv file of 40 rows, written as it stands."""
+    (folder / name).write_text("\n".join([head, *(rows(index) for index in range(40))]) + "\n")
+    return f"csv:{folder / name}"
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_rows_longer_than_the_header_are_refused(tmp_path: Path, first: int) -> None:
+    source = written(tmp_path, "a,b,y", lambda i: f"{i + first},{i * 2},{i % 2},")
+    assert "more fields than the header" in fault(source, target="y")
+
+
+@pytest.mark.parametrize("names", [("None", "Mild", "Severe"), ("NA", "EU"), ("null", "N/A"), ("NULL", "n/a", "EU")])
+def test_labels_called_none_or_na_are_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    source = written(tmp_path, "a,y", lambda i: f"{i},{names[i % len(names)]}")
+    test = written(tmp_path, "a,y", lambda i: f"{i},{names[0]}", "test.csv").removeprefix("csv:")
+    data = load(source, target="y", test_source=test)
+    assert data.classes == tuple(sorted(names))
+    assert set(data.test.labels.tolist()) == {data.classes.index(names[0])}
+
+
+@pytest.mark.parametrize("gap", ["", "?", "nan"])
+def test_words_called_none_or_na_are_categories_and_gaps_are_missing(tmp_path: Path, gap: str) -> None:
+    words = ["None", "NA", gap, "EU"]
+    source = written(tmp_path, "word,a,y", lambda i: f"{words[i % 4]},{i},{i % 3 % 2}")
+    data = load(source, target="y")
+    assert data.features.categories == ((), ("<missing>", "EU", "NA", "None"))
+    unheaded = written(tmp_path, "None,0,0", lambda i: f"{words[i % 4]},{i},{i % 3 % 2}")
+    assert load(unheaded, target=2, header=False).features.categories == data.features.categories
+
+
+def test_na_among_numbers_is_missing(tmp_path: Path) -> None:
+    source = written(tmp_path, "a,b,y", lambda i: f"{'NA' if i % 4 == 0 else i},{i},{i % 2}")
+    data = load(source, target="y")
+    assert data.features.names == ("a", "b")
+    assert np.isnan(data.train.show(range(len(data.train)))[:, 0]).any()
+    unlabelled = written(tmp_path, "a,y", lambda i: f"{i},{'NA' if i == 3 else i % 2}")
+    assert "1 rows have no label" in fault(unlabelled, target="y")
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_codes_in_the_test_file_are_those_of_training(tmp_path: Path, header: bool) -> None:
+    def name(column: str, number: int) -> str | int:
+        return column if header else number
+
+    head = "code,a,y" if header else "X1,0,L1"
+    source = written(tmp_path, head, lambda i: f"{('01', '02', 'X1')[i % 3]},{i},{('01', '02', 'L1')[i % 3]}")
+    turned = "y,code,a" if header else "01,01,0"  # in a file with names the columns may stand in another order
+    order = (lambda i: f"0{i % 2 + 1},0{i % 2 + 1},{i}") if header else (lambda i: f"0{i % 2 + 1},{i},0{i % 2 + 1}")
+    test = written(tmp_path, turned if header else "01,0,01", order, "test.csv").removeprefix("csv:")
+    data = load(source, test_source=test, header=header, target=name("y", 2))
+    assert (whole(data.test)[:, 1:].sum(1) == 1).all()
+    assert set(data.test.labels.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(("row", "value"), [(None, "{}e300"), (None, "{}e154"), (5, "1e300")])
+def test_numbers_too_large_to_be_standardised_are_refused(tmp_path: Path, row: int | None, value: str) -> None:
+    source = written(tmp_path, "a,b,y", lambda i: f"{i},{value.format(i) if row in (None, i) else i},{i % 2}")
+    message = fault(source, target="y")
+    assert "the column 'b' holds numbers too large" in message
 
 
 @pytest.mark.real

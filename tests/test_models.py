@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -131,8 +132,7 @@ def test_missing_num_batches_tracked_is_no_fault(tmp_path: Path) -> None:
 def test_hash_follows_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"abc")
     wanted = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert checkpoint_sha256(section(tmp_path / "a.pt")) == wanted
-    assert checkpoint_sha256(section(None)) is None
+    assert [checkpoint_sha256(section(path)) for path in (tmp_path / "a.pt", None)] == [wanted, None]
 
 
 def checkpoint_fault(path: Path | str, **args: Any) -> str:
@@ -254,6 +254,58 @@ def test_long_lists_of_mismatches_are_cut(tmp_path: Path) -> None:
 def test_another_class_count_is_told_as_such(tmp_path: Path) -> None:
     path = saved(tmp_path, teacher().state_dict())
     assert "--set model.args.num_classes=3" in checkpoint_fault(path, classes=8)
+
+
+def test_numpy_s_numbers_beside_the_weights_are_passed_over(tmp_path: Path) -> None:
+    original = teacher()
+    beside = {"best_acc": np.float64(91.5), "epoch": np.int64(3), "done": np.bool_(True), "history": np.arange(4.0)}
+    path = saved(tmp_path, {"model": original.state_dict()} | beside)
+    assert same(build_model(section(path)), original)
+    with pytest.raises(pickle.UnpicklingError):  # NumPy's names were allowed for that load only
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda x: x.to(torch.float8_e4m3fn), "0.weight: torch.float8_e4m3fn"),
+        (lambda x: x.to_sparse(), "0.weight: not dense, torch.sparse_coo"),
+        (lambda x: x.to("meta"), "0.weight: without contents"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "0.weight: quantized, torch.qint8"),
+        (lambda x: (x * 10).to(torch.int8), "0.weight: file torch.int8, model torch.float32"),
+        (lambda x: x.to(torch.complex64), "0.weight: file torch.complex64, model torch.float32"),
+    ],
+)
+def test_tensors_that_are_no_plain_weights_are_named(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], wanted: str
+) -> None:
+    state = {key: change(value) for key, value in teacher().state_dict().items()}
+    assert wanted in checkpoint_fault(saved(tmp_path, state))
+    if "float8" in wanted:
+        save_file(state, tmp_path / "float8.safetensors")
+        assert wanted in checkpoint_fault(tmp_path / "float8.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_counters_and_weights_of_another_width_are_taken(tmp_path: Path, kind: torch.dtype) -> None:
+    path = saved(tmp_path, {key: value.to(kind) for key, value in nn.BatchNorm1d(3).state_dict().items()})
+    built = build_model(ModelSection(arch="torch.nn:BatchNorm1d", args={"num_features": 3}, weights=str(path)))
+    assert built.state_dict()["num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("get_extra_state(self): return {'scale': 2}", "_extra_state, a dict"),
+        ("_load_from_state_dict(self, *parts): parts[-1].append('an old layout')", "an old layout"),
+    ],
+)
+def test_networks_that_load_in_their_own_way(tmp_path: Path, method: str, wanted: str) -> None:
+    (tmp_path / "own.py").write_text(f"from torch import nn\nclass Net(nn.PReLU):\n    def {method}\n")
+    path = str(saved(tmp_path, nn.PReLU().state_dict()))
+    with pytest.raises(CheckpointError, match=wanted):
+        build_model(ModelSection(arch=f"{tmp_path / 'own.py'}:Net", weights=path))
 
 
 def usage_fault(arch: str | None, **args: Any) -> str:

@@ -63,8 +63,8 @@ def from_arrays(arrays: dict[str, NDArray[Any]], name: str) -> Source:
                 found=f"{arrays[x_key].dtype} and {arrays['x_test'].dtype}",
                 remedy="store both as uint8, or both as floats of the same scale.",
             )
-    classes = dense_classes(labels, test_labels, name)
-    return Source(pool, labels, test, test_labels, class_names(arrays.get("classes"), classes))
+    classes = class_names(arrays.get("classes"), labels, test_labels, name)
+    return Source(pool, labels, test, test_labels, classes)
 
 
 def _stored(values: NDArray[Any], name: str) -> Store:
@@ -108,25 +108,39 @@ def _check_lengths(values: NDArray[Any], labels: Labels, name: str) -> None:
         )
 
 
-def dense_classes(labels: Labels, test_labels: Labels | None, name: str) -> int:
-    """Number of classes.
+def class_names(names: NDArray[Any] | None, labels: Labels, test_labels: Labels | None, name: str) -> tuple[str, ...]:
+    """One name per class: the given ones, of which some may have no input; else the labels' numbers.
 
     Raises:
-        DataError: labels with gaps, or that don't start at 0.
+        DataError: no list of names, fewer names than classes; without names, labels with gaps.
     """
     present = np.unique(labels if test_labels is None else np.concatenate([labels, test_labels]))
+    if names is None:
+        _check_dense(present, name)
+        return tuple(str(index) for index in range(len(present)))
+    if names.ndim != 1:
+        raise DataError(
+            f"{name}: classes is no list of names",
+            found=f"an array of shape {names.shape}",
+            wanted="one name per class",
+            remedy="write it as numpy.array(['first', 'second', ...]), in the order of the network's outputs.",
+        )
+    if len(present) and (present[0] < 0 or present[-1] >= len(names)):
+        raise DataError(
+            f"{name}: classes does not name every label",
+            found=f"{len(names)} names, labels {present[0]}..{present[-1]}",
+            wanted=f"labels 0..{len(names) - 1}" if present[0] < 0 else f"at least {present[-1] + 1} names",
+            remedy="name all classes in the array `classes`, in the order of the network's outputs; labels start at 0.",
+        )
+    return tuple(str(value) for value in names)
+
+
+def _check_dense(present: Labels, name: str) -> None:
     if len(present) and not np.array_equal(present, np.arange(len(present))):
         raise DataError(
             f"{name}: labels are not 0..C-1",
             found=f"{len(present)} different labels, {present[0]}..{present[-1]}",
-            wanted=f"0..{len(present) - 1}",
-            remedy="renumber them with numpy.unique(y, return_inverse=True)[1].",
+            wanted=f"0..{len(present) - 1}, or an array `classes` with the name of every class",
+            remedy="if the network has more classes, name all of them in the array `classes`, in the order of its "
+            "outputs; else renumber the labels: numpy.unique(y, return_inverse=True)[1], as the network has them.",
         )
-    return len(present)
-
-
-def class_names(names: Any, count: int) -> tuple[str, ...]:
-    """The given names if there are as many as classes, else the labels' numbers."""
-    if names is not None and len(names) == count:
-        return tuple(str(name) for name in names)
-    return tuple(str(index) for index in range(count))

@@ -25,6 +25,27 @@ _SAVE_STATE = "save it anew with torch.save(model.state_dict(), FILE), or as .sa
 State = dict[str, Tensor]
 
 
+class _Unread:
+    """Stands for NumPy's scalars and arrays beside the weights: nothing of NumPy runs, and no value is kept."""
+
+    def __init__(self, *parts: object) -> None:
+        del parts
+
+    def __setstate__(self, state: object) -> None:
+        del state
+
+
+_NUMPY = tuple(
+    f"{module}.{name}"
+    for module, names in (
+        ("numpy", ("dtype", "ndarray")),
+        ("numpy.core.multiarray", ("scalar", "_reconstruct")),  # NumPy 1
+        ("numpy._core.multiarray", ("scalar", "_reconstruct")),
+    )
+    for name in names
+)
+
+
 def read_state(weights: str) -> State:
     """Read a state dict, taken out of whatever the file wraps it in.
 
@@ -36,12 +57,14 @@ def read_state(weights: str) -> State:
         the first of state_dict, model, model_state_dict, ema, model_ema, net is taken.
 
     Raises:
-        CheckpointError: missing, empty, truncated or corrupt file; pickled code; no state dict; NaN or infinity.
+        CheckpointError: missing, empty, truncated or corrupt file; pickled code; no state dict; NaN or infinity;
+            tensors that are float8, quantized, sparse or without contents.
     """
     path = Path(weights)
     _check_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = _unwrap(content, path)
+    _check_plain(state, path)
     _check_finite(state, path)
     return state
 
@@ -55,12 +78,14 @@ def load_weights(model: nn.Module, state: State, weights: str) -> None:
         weights: Name of the file, for error messages.
 
     Raises:
-        CheckpointError: keys missing, unexpected or of another shape, all listed.
+        CheckpointError: keys missing, unexpected or of another shape, all listed; whole or complex numbers for
+            real weights; a network with extra state that is no tensor.
 
     Limits:
         A missing `num_batches_tracked` is no fault: it is not used at inference.
     """
     expected = model.state_dict()
+    _check_extra_state(expected)
     state = _without_prefixes(state, set(expected))
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected and key != "n_averaged"]
@@ -78,7 +103,15 @@ def load_weights(model: nn.Module, state: State, weights: str) -> None:
             found="\n    ".join(part for part in parts if part),
             remedy=_mismatch_remedy(state, expected, missing, reshaped),
         )
-    model.load_state_dict(state, strict=False)
+    _check_numbers(state, expected, weights)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights in {weights} can't be copied into the network",
+            found=str(error)[:300],
+            remedy="see the network's own load_state_dict, or " + _SAVE_STATE,
+        ) from error
 
 
 def file_sha256(weights: str) -> str:
@@ -139,8 +172,10 @@ def _read_safetensors(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     _check_archive(path)
     try:
-        # argparse.Namespace is plain data; many training scripts save their arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        # Many training scripts save their arguments and NumPy's numbers beside the weights. argparse.Namespace is plain
+        # data; NumPy's names stand for a class that drops what it is given.
+        safe: list[Any] = [argparse.Namespace, *((_Unread, name) for name in _NUMPY)]
+        with torch.serialization.safe_globals(safe), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch comments on pickle protocols; what matters comes as an exception
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError) as error:
@@ -216,8 +251,61 @@ def _tensors(content: Any) -> State:
     return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
 
 
+def _check_plain(state: State, path: Path) -> None:
+    bad = [key for key, value in state.items() if _storage(value)]
+    if bad:
+        raise CheckpointError(
+            f"the checkpoint {path} holds tensors that are no plain weights",
+            found=_listed("stored otherwise", bad, lambda key: f"{key}: {_storage(state[key])}"),
+            wanted="dense tensors of float16, bfloat16, float32 or float64",
+            remedy="save the weights as they were trained, from before they were quantized, cast or made sparse.",
+        )
+
+
+def _storage(tensor: Tensor) -> str:
+    """What makes a tensor unusable as weights; nothing for a plain one."""
+    if tensor.is_meta:
+        return "without contents (on the meta device)"
+    if tensor.is_quantized:
+        return f"quantized, {tensor.dtype}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"not dense, {tensor.layout}"
+    return str(tensor.dtype) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else ""
+
+
+def _check_numbers(state: State, expected: State, weights: str) -> None:
+    bad = [
+        key
+        for key, value in state.items()
+        if key in expected
+        and expected[key].is_floating_point()
+        and not (value.is_floating_point() or value.dtype == torch.bool)  # a mask becomes 0 and 1, which is right
+    ]
+    if bad:
+        raise CheckpointError(
+            f"the weights in {weights} are not of the kind that the network has",
+            found=_listed(
+                "other numbers", bad, lambda key: f"{key}: file {state[key].dtype}, model {expected[key].dtype}"
+            ),
+            wanted="real floating-point numbers",
+            remedy="quantized weights lack their scales here: save the float weights from before the quantization.",
+        )
+
+
+def _check_extra_state(expected: Mapping[str, Any]) -> None:
+    extra = [key for key, value in expected.items() if not isinstance(value, Tensor)]
+    if extra:
+        raise CheckpointError(
+            "the network's state dict holds more than tensors",
+            found=_listed("extra state", extra, lambda key: f"{key}, a {type(expected[key]).__name__}"),
+            wanted="parameters and buffers, all of them tensors",
+            remedy="remove get_extra_state from the module, and set in its constructor what is needed to run it.",
+        )
+
+
 def _check_finite(state: State, path: Path) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    numbers = {key: value for key, value in state.items() if value.is_floating_point() or value.is_complex()}
+    bad = [key for key, value in numbers.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise CheckpointError(
             f"the weights in {path} are not finite",

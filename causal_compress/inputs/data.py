@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _MEAN_BATCH = 256
 _MIN_POOL = 4
+_MIN_TRAIN = 2
 
 Positions = NDArray[np.int64]
 Rows = ImageRows | TableRows
@@ -226,6 +227,13 @@ def _split(source: Source, section: DataSection, seed: int) -> _Parts:
     calibration, validation = _held_out_sizes(section.calibration, wanted, len(pool))
     ends = np.cumsum([calibration, validation])
     chosen = [np.ascontiguousarray(part) for part in np.split(pool, ends)]
+    if section.max_train is not None and section.max_train < _MIN_TRAIN:
+        raise DataError(
+            "data.max_train leaves too few inputs to learn from",
+            found=str(section.max_train),
+            wanted=f"at least {_MIN_TRAIN}",
+            remedy="raise data.max_train, or remove it.",
+        )
     return _Parts(chosen[2][: section.max_train], chosen[0], chosen[1] if from_test is None else from_test, test)
 
 

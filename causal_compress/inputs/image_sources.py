@@ -6,37 +6,35 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from causal_compress.errors import DataError, UsageError
-from causal_compress.inputs.arrays import Labels, Source, class_names, dense_classes, labels_of
-from causal_compress.inputs.images import ImageArray, ImageItems, image_array
+from causal_compress.inputs.arrays import Labels, Source, class_names, labels_of
+from causal_compress.inputs.images import IMAGE_FAULTS, ImageArray, ImageItems, image_array, opened_image
 from causal_compress.recipe import DataSection
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 _HEAD_BYTES = 1 << 16
+_HELD_OUT = ("test", "val", "valid", "validation")
 
 
 def image_folder(root: Path, section: DataSection) -> Source:
-    """One sub-folder per class, at the top or inside train/ and test/ (or val/); decoded when read.
+    """One sub-folder per class, at the top or inside train/ and test/ (or val/), in any case; decoded when read.
 
     Raises:
-        DataError: no folder, no classes, a class without images.
+        DataError: no folder, no classes, a class without images, or classes both beside train/ and in it.
     """
     if not root.is_dir():
         raise DataError(f"the folder {root} does not exist", remedy="check --data (data.source).")
-    train = root / "train"
-    if not train.is_dir():
+    train, held_out = _parts(root)
+    if train is None:
         files, labels, classes = _listed(root, None)
         return Source(_files(files, root, section), labels, None, None, classes)
-    held_out = next((root / name for name in ("test", "val", "valid", "validation") if (root / name).is_dir()), None)
     files, labels, classes = _listed(train, None)
     if held_out is None:
         return Source(_files(files, root, section), labels, None, None, classes)
@@ -46,8 +44,38 @@ def image_folder(root: Path, section: DataSection) -> Source:
     return Source(pool, labels, test, test_labels, classes)
 
 
+def _parts(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of training and held-out images; none where the folders in `root` are the classes."""
+    names = _folders(root)
+    by_name = {name.lower(): root / name for name in names}  # in sorted order: `train` wins over `Train`
+    train = by_name.get("train")
+    if train is None:
+        return None, None
+    held_out = next((by_name[name] for name in _HELD_OUT if name in by_name), None)
+    others = [name for name in names if name.lower() not in ("train", *_HELD_OUT)]
+    if others and not _folders(train):
+        return None, None  # images, no classes: `train` is itself a class, beside the others
+    beside = [name for name in others if held_out is None and _images(root / name)]
+    if beside:
+        raise DataError(
+            f"{train} can be the training part or a class",
+            found=f"class folders in it, and images beside it in {', '.join(beside[:8])}",
+            wanted="train/ and test/ with one sub-folder per class each, or one sub-folder per class and no other",
+            remedy=f"move the folders beside it away; or, if '{train.name}' is a class, give that folder another name.",
+        )
+    return train, held_out
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+
+
 def _listed(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], Labels, tuple[str, ...]]:
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = _folders(folder)
     if not found:
         raise DataError(
             f"{folder} has no class folders",
@@ -63,7 +91,7 @@ def _listed(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], 
     files: list[Path] = []
     labels: list[int] = []
     for name in found:
-        inside = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+        inside = _images(folder / name)
         if not inside:
             raise DataError(f"the class folder {folder / name} has no images", remedy="remove it, or put images there.")
         files += inside
@@ -74,12 +102,14 @@ def _listed(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], 
 def _files(
     files: list[Path], root: Path, section: DataSection, shape: tuple[int, int, int] | None = None
 ) -> ImageItems:
-    from PIL import Image
-
     def identity(index: int) -> bytes:
-        with files[index].open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-        return f"{files[index].relative_to(root).as_posix()}:{files[index].stat().st_size}:".encode() + head
+        path = files[index]
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEAD_BYTES)
+            return f"{path.relative_to(root).as_posix()}:{path.stat().st_size}:".encode() + head
+        except OSError as error:
+            raise DataError(f"the image {path} can't be read", found=str(error), remedy="mend or remove it.") from error
 
     return _items(lambda i: Image.open(files[i]), identity, lambda i: str(files[i]), len(files), section, shape)
 
@@ -97,11 +127,8 @@ def _items(
     if size is not None:
         shape = (size, size, channels)
     elif shape is None:
-        try:
-            with open_image(0) as first:
-                width, height = first.size
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"the image {name(0)} can't be decoded", found=str(error), remedy="replace it.") from error
+        with opened_image(lambda: open_image(0), name(0)) as first:
+            width, height = first.size
         shape = (height, width, channels)
     return ImageItems(open_image, identity, name, count, shape, resize=size is not None)
 
@@ -128,7 +155,6 @@ def torchvision_dataset(text: str, section: DataSection) -> Source:
         )
     train, test = (_torchvision_part(kind, root, parameters, part) for part in ("train", "test"))
     pool_labels, test_labels = (_dataset_labels(part, name) for part in (train, test))
-    classes = dense_classes(pool_labels, test_labels, text)
     pool = _dataset_store(train, name, section, None)
     shape = pool.shape if isinstance(pool, ImageItems) else None
     return Source(
@@ -136,7 +162,7 @@ def torchvision_dataset(text: str, section: DataSection) -> Source:
         pool_labels,
         _dataset_store(test, name, section, shape),
         test_labels,
-        class_names(getattr(train, "classes", None), classes),
+        _dataset_classes(getattr(train, "classes", None), pool_labels, test_labels, text),
     )
 
 
@@ -168,8 +194,23 @@ def _dataset_labels(dataset: Any, name: str) -> Labels:
     found = (getattr(dataset, key, None) for key in ("targets", "labels", "_labels"))
     values = next((value for value in found if value is not None and len(value) == len(dataset)), None)
     if values is None:
-        values = [dataset[index][1] for index in range(len(dataset))]
+        values = [_label(dataset, index, name) for index in range(len(dataset))]
     return labels_of(_array(values), f"the labels of torchvision's {name}")
+
+
+def _label(dataset: Any, index: int, name: str) -> Any:
+    try:
+        return dataset[index][1]
+    except IMAGE_FAULTS as error:
+        raise DataError(
+            f"the image {name}[{index}] can't be decoded", found=str(error), remedy="replace or remove the file."
+        ) from error
+
+
+def _dataset_classes(names: Any, labels: Labels, test_labels: Labels, name: str) -> tuple[str, ...]:
+    most = max(int(part.max(initial=-1)) for part in (labels, test_labels))
+    enough = isinstance(names, list | tuple) and len(names) > most
+    return class_names(np.asarray([str(value) for value in names]) if enough else None, labels, test_labels, name)
 
 
 def _dataset_store(

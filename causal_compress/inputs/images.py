@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from causal_compress.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL import Image
+# What Pillow raises on broken, cut and far too large files; its bomb error is a plain Exception.
+IMAGE_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _BLOCK = 1024
 Positions = NDArray[np.int64]
+
+
+@contextmanager
+def opened_image(open_image: Callable[[], Image.Image], name: str) -> Iterator[Image.Image]:
+    """Open one image whose pixels fit into 8 bits; Pillow's faults inside the block name the image, too.
+
+    Args:
+        open_image: Gives the image, as Pillow opens it.
+        name: What to call it in error messages.
+
+    Raises:
+        DataError: a file that can't be read or decoded; 16-bit or float pixels, which Pillow would clip to 0..255.
+    """
+    try:
+        with open_image() as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{name} is a 16-bit or float image, which 8 bits can't hold",
+                    found=f"pixels of Pillow's mode {image.mode}",
+                    wanted="8 bits per channel",
+                    remedy="scale the images to 0..255 and store 8 bits, or keep their floats in an array: npz:FILE.",
+                )
+            yield image
+    except IMAGE_FAULTS as error:
+        raise DataError(
+            f"the image {name} can't be decoded",
+            found=str(error),
+            remedy="replace or remove the file; store an image that is too large smaller.",
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +98,8 @@ class ImageItems:
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         height, width, channels = self.shape
-        try:
-            with self.open(index) as opened:
-                image = opened.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError on broken PNG headers
-            raise DataError(
-                f"the image {self.name(index)} can't be decoded", found=str(error), remedy="replace or remove the file."
-            ) from error
+        with opened_image(lambda: self.open(index), self.name(index)) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
         if self.resize:
             image = _fit(image, height)
         if image.size != (width, height):

@@ -148,11 +148,14 @@ def _table_files(text: str, kind: Literal["csv", "parquet"], section: DataSectio
             remedy="name the label column: --set data.target=NAME (or its number with data.header: false).",
         )
     target = tables.find_column(frame, section.target, "data.target", header=header)
-    dropped = [tables.find_column(frame, name, "data.drop", header=header) for name in section.drop]
-    inputs = frame.drop(columns=list({target, *dropped}))
-    if inputs.shape[1] == 0:
+    dropped = {tables.find_column(frame, name, "data.drop", header=header) for name in section.drop}
+    columns = [str(name) for name in frame.columns if name not in {target, *dropped}]
+    if not columns:
         raise DataError("the table has no input columns", remedy="remove some names from data.drop.")
-    categorical = _categorical(inputs, section, header)
+    categorical = _categorical(frame[columns], section, header)
+    texts = () if kind == "parquet" else tables.text_columns(frame)
+    names = () if kind == "parquet" else (*categorical, *_named_target(frame, target))
+    frame = tables.with_names(frame, Path(text), names, header=section.header)
     groups = section.target_groups
     classes = tables.class_names(frame[target], groups)
     labels = tables.class_labels(frame[target], classes, groups, text)
@@ -160,10 +163,17 @@ def _table_files(text: str, kind: Literal["csv", "parquet"], section: DataSectio
     test, test_labels = None, None
     if section.test_source is not None:
         path = section.test_source.removeprefix(f"{kind}:")
-        test_frame = _same_columns(tables.read_table(Path(path), kind, header=section.header), frame, path)
-        test_labels = tables.class_labels(test_frame[target], classes, groups, path)
-        test = test_frame[list(inputs.columns)]
-    return Source(inputs, labels, test, test_labels, classes, categorical)
+        test = tables.read_table(Path(path), kind, header=section.header, texts=texts)
+        test = _same_columns(tables.with_names(test, Path(path), names, header=section.header), frame, path)
+        test_labels = tables.class_labels(test[target], classes, groups, path)
+        test = test[columns]
+    return Source(frame[columns], labels, test, test_labels, classes, categorical)
+
+
+def _named_target(frame: pd.DataFrame, target: str) -> tuple[str, ...]:
+    """The label column if its labels are words; among numbers NA stays a missing label."""
+    numbers = pd.api.types.is_numeric_dtype(frame[target]) and bool(frame[target].notna().any())
+    return () if numbers else (target,)
 
 
 def _categorical(inputs: pd.DataFrame, section: DataSection, header: bool) -> tuple[str, ...]:

@@ -18,6 +18,9 @@ from causal_compress.errors import DataError, MissingPackageError
 
 _MISSING = "<missing>"
 _MAX_CATEGORIES = 1000
+# What marks a missing text. None, NA, N/A and null, which pandas takes for missing, are names: no damage, Namibia.
+_NO_TEXT = ["", " ", "?", "nan", "NaN", "-nan", "-NaN", "<NA>", "#NA", "#N/A", "#N/A N/A"]
+_NO_TEXT += [f"{sign}1.#{kind}" for sign in ("", "-") for kind in ("IND", "QNAN")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +76,17 @@ class Encoding:
         return np.concatenate([-self.mean / self.std, blank]).astype(np.float32)
 
 
-def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool) -> pd.DataFrame:
+def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool, texts: Sequence[str] = ()) -> pd.DataFrame:
     """Read a table; without a header its columns are called column_0, column_1, ...
 
+    Args:
+        path: The file.
+        kind: What it is.
+        header: Whether the first line of a csv file names the columns.
+        texts: Columns of a csv file that are text even where every cell looks like a number.
+
     Raises:
-        DataError: missing, empty or unreadable file.
+        DataError: missing, empty or unreadable file; rows longer than the header.
         MissingPackageError: a parquet file without pyarrow.
     """
     if not path.is_file():
@@ -89,7 +98,10 @@ def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool) -> 
         if kind == "parquet":
             frame = pd.read_parquet(path)
         else:
-            frame = pd.read_csv(path, header=0 if header else None, na_values=["?"], low_memory=False)
+            if header:
+                _check_width(path)
+            known = {name if header else int(name.removeprefix("column_")): str for name in texts}
+            frame = pd.read_csv(path, header=0 if header else None, na_values=["?"], low_memory=False, dtype=known)
     except ImportError as error:
         raise MissingPackageError(
             f"reading {path} needs the package pyarrow",
@@ -106,6 +118,42 @@ def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool) -> 
         raise DataError(f"the table {path} has no rows", remedy="check that the file is complete.")
     named = header or kind == "parquet"
     return frame.set_axis([str(name) if named else f"column_{name}" for name in frame.columns], axis=1)
+
+
+def _check_width(path: Path) -> None:
+    """Refuse first rows with more fields than names: pandas would take the surplus for row names and shift the rest."""
+    try:
+        pd.read_csv(path, header=None, nrows=2, dtype=str)
+    except pd.errors.ParserError as error:
+        if "Expected" not in str(error):
+            raise
+        raise DataError(
+            f"the table {path} has rows with more fields than the header",
+            found=str(error).strip()[:200],
+            wanted="one name per field",
+            remedy="remove the comma at the end of the rows, or name every column.",
+        ) from error
+
+
+def text_columns(frame: pd.DataFrame) -> tuple[str, ...]:
+    """Columns whose cells are text, all of them."""
+    return tuple(name for name in frame.columns if pd.api.types.infer_dtype(frame[name], skipna=True) == "string")
+
+
+def with_names(frame: pd.DataFrame, path: Path, columns: Sequence[str], *, header: bool) -> pd.DataFrame:
+    """A csv file's frame in which None, NA, N/A and null are texts in these columns, not missing values."""
+    where = [number for number, name in enumerate(frame.columns) if name in columns and frame[name].isna().any()]
+    if not where:
+        return frame
+    cells = pd.read_csv(
+        path, header=0 if header else None, usecols=where, dtype=str, keep_default_na=False, na_values=_NO_TEXT
+    )
+    frame = frame.copy()
+    for place, number in enumerate(where):
+        name = frame.columns[number]
+        kept = frame[name].astype(object)
+        frame[name] = kept.where(kept.notna(), cells.iloc[:, place].to_numpy(dtype=object))
+    return frame
 
 
 def find_column(frame: pd.DataFrame, reference: str | int, option: str, *, header: bool) -> str:
@@ -149,7 +197,12 @@ def class_labels(
         DataError: missing labels, or labels of no class.
     """
     if missing := int(target.isna().sum()):
-        raise DataError(f"{name}: {missing} rows have no label", remedy="remove those rows.")
+        hint = " In a column of numbers NA, None and null are no labels; give such a class another name."
+        raise DataError(
+            f"{name}: {missing} rows have no label",
+            wanted="a label in every row",
+            remedy="remove those rows." + (hint if pd.api.types.is_numeric_dtype(target) else ""),
+        )
     texts = target.map(text_of)
     table = {value: index for index, value in enumerate(classes)}
     others = None
@@ -209,7 +262,8 @@ def fit_encoding(
     if numeric:
         values = _numbers(frame, numeric)
         imputer = SimpleImputer(strategy="median", keep_empty_features=True).fit(values)
-        scaler = StandardScaler().fit(imputer.transform(values))
+        with np.errstate(over="ignore", invalid="ignore"):  # `encode` refuses what comes of it
+            scaler = StandardScaler().fit(imputer.transform(values))
         fill, fitted_mean, fitted_std = imputer.statistics_, scaler.mean_, scaler.scale_
         fill = np.nan_to_num(fill)  # a column without any value in the training rows
     categories: tuple[tuple[str, ...], ...] = ()
@@ -231,16 +285,32 @@ def encode(frame: pd.DataFrame, encoding: Encoding) -> TableRows:
     """Encode rows: numbers standardised (missing: the median), categories one-hot (unknown: all zero).
 
     Raises:
-        DataError: text or infinity in a numeric column.
+        DataError: text or infinity in a numeric column, or numbers too large to be standardised.
     """
     values = _numbers(frame, encoding.numeric)
-    raw, parts = [values], [(np.where(np.isnan(values), encoding.fill, values) - encoding.mean) / encoding.std]
+    raw, parts = [values], [_standardised(values, encoding)]
     texts = _texts(frame, encoding.categorical)
     for column, known in enumerate(encoding.categories):
         codes = pd.Index(known).get_indexer(texts[:, column])
         raw.append(codes[:, None].astype(np.float64))
         parts.append((codes[:, None] == np.arange(len(known))).astype(np.float32))
     return TableRows(np.concatenate(parts, axis=1, dtype=np.float32), np.concatenate(raw, axis=1))
+
+
+def _standardised(values: NDArray[np.float64], encoding: Encoding) -> NDArray[np.float64]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled: NDArray[np.float64] = (np.where(np.isnan(values), encoding.fill, values) - encoding.mean) / encoding.std
+    fitting = np.isfinite(encoding.mean) & np.isfinite(encoding.std)
+    fitting &= (np.abs(scaled) <= np.finfo(np.float32).max).all(axis=0)
+    if not fitting.all():
+        column = int(np.argmin(fitting))
+        raise DataError(
+            f"the column '{encoding.numeric[column]}' holds numbers too large to be standardised",
+            found=f"up to {np.nanmax(np.abs(values[:, column])):g}",
+            wanted="numbers whose squares a float can hold, and at most 3e38 once standardised",
+            remedy="take the logarithm or another unit, mend such cells, or list the column under data.drop.",
+        )
+    return scaled
 
 
 def _numbers(frame: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
