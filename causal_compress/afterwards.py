@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
-from causal_compress.deploy.bundle import Source, Wish, read_inputs, write_package
+from causal_compress.deploy.bundle import Source, Wish, write_package
+from causal_compress.deploy.evidence import Evidence, brought_evidence, given_evidence, random_evidence
 from causal_compress.deploy.gate import Limits, judge
 from causal_compress.deploy.package import load
-from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files_of, input_shape, read_package
-from causal_compress.deploy.versus import Evidence, measure_targets
+from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files_of
+from causal_compress.deploy.versus import measure_targets
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.audit import audit
 from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
-from causal_compress.files import atomic_write_text
+from causal_compress.files import atomic_write_text, make_folder
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
 from causal_compress.recipe import AuditSection, BenchmarkSection, Recipe, RuntimeName
@@ -52,6 +51,8 @@ from causal_compress.understand.algebra import folded
 from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import Network, trace
 
+RECIPE = "recipe.resolved.yaml"
+
 
 def rebuild_report(run_dir: Path) -> Path:
     """Build report.html anew from report.json of a finished run.
@@ -79,7 +80,7 @@ def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
         section: Only the keys that were set override the run's own.
     """
     exported = read_result(run_dir, "export", Exported)
-    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
+    recipe = load_recipe(run_dir / RECIPE)
     base = (recipe.benchmark or BenchmarkSection()).model_dump()
     chosen = BenchmarkSection(**{**base, **section.model_dump(exclude_unset=True)})
     data, quantized = _data_of(run_dir, recipe), _quantized(run_dir)
@@ -114,7 +115,8 @@ def export_run(run_dir: Path, wish: Wish, out: Path) -> Package:
         out: Folder of the package.
     """
     exported = read_result(run_dir, "export", Exported)
-    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
+    recipe = load_recipe(run_dir / RECIPE)
+    make_folder(out)
     with numerics(recipe):
         source = Source(
             folder=run_dir,
@@ -172,41 +174,14 @@ def benchmark_targets(
 def _evidence(
     targets: Sequence[Path], entries: Sequence[Entry], section: BenchmarkSection, data: Recipe | None
 ) -> Evidence:
+    batch = max(section.batches)
+    if data is not None:
+        return given_evidence(entries, batch, data)
     packages = [target for target in targets if (target / PACKAGE).is_file()]
-    runs = [target for target in targets if (target / "recipe.resolved.yaml").is_file()]
-    if data is None and packages:
-        return _packaged_evidence(packages)
-    if data is None and not runs:
-        rng = np.random.default_rng(0)  # without data only latency is measured, and that hardly hangs on the numbers
-        shape = input_shape(entries[0].file)
-        return Evidence(rng.standard_normal((max(section.batches), *shape)).astype(np.float32))
-    if data is None:
-        test = _data_of(runs[0], load_recipe(runs[0] / "recipe.resolved.yaml")).test
-    else:
-        test = load_data(data.data, seed=data.seed).test
-    first = next(test.batches(max(section.batches)))[0].numpy()
-
-    def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        return ((x.numpy(), y.numpy()) for x, y in test.batches(min(256, max(1, 2**20 // first[0].size))))
-
-    return Evidence(first, batches)
-
-
-def _packaged_evidence(folders: Sequence[Path]) -> Evidence:
-    """The first package's inputs; answers are expected of every package that brings the same inputs."""
-    each = {folder: read_inputs(folder, read_package(folder)) for folder in folders}
-    x, y = each[folders[0]]["inputs"], each[folders[0]]["labels"]
-    expected = {
-        (folder, role): stored[f"logits_{role}"].argmax(1)
-        for folder, stored in each.items()
-        for role in ("teacher", "student")
-        if np.array_equal(stored["inputs"], x)
-    }
-
-    def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        return ((x[start : start + 64], y[start : start + 64]) for start in range(0, len(x), 64))
-
-    return Evidence(x, batches, expected)
+    runs = [target for target in targets if (target / RECIPE).is_file()]
+    if not packages and not runs:
+        return random_evidence(entries, batch)
+    return brought_evidence((*packages, *runs)[0], entries, batch, lambda run: _data_of(run, load_recipe(run / RECIPE)))
 
 
 def replay(model: nn.Module, run_dir: Path) -> nn.Module:
@@ -248,17 +223,18 @@ class Finished:
     student: Student
 
 
-def reopen(run_dir: Path) -> Finished:
+def reopen(run_dir: Path, recipe: Recipe | None = None) -> Finished:
     """Load teacher, student and data of a finished run; nothing in the folder is changed.
 
     Args:
         run_dir: A finished run; the checkpoint and the data must still be where its recipe says.
+        recipe: The run's with other settings, such as where checkpoint and data lie now; None: the run's.
 
     Raises:
         RunFolderError: no finished run, or data or checkpoint are not those of the run any more.
     """
     exported = read_result(run_dir, "export", Exported)
-    recipe = load_recipe(run_dir / "recipe.resolved.yaml")
+    recipe = recipe or load_recipe(run_dir / RECIPE)
     data = _data_of(run_dir, recipe)
     network = open_network(recipe, data)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,21 +34,27 @@ def main(args: Sequence[str] | None = None) -> int:
             error.show()
             return error.exit_code
         except (click.Abort, KeyboardInterrupt) as stop:
-            return _interrupted(stop)
+            return _interrupted(stop, resumes=_resumes(args))
         except CausalCompressError as error:
             return complain(error)
         except Exception as error:
-            return _unexpected(error)
+            return _unexpected(error, resumes=_resumes(args))
 
 
-def _interrupted(stop: BaseException) -> int:
+def _resumes(args: Sequence[str] | None) -> bool:
+    """Whether the command keeps finished stages in a run folder; the group's own options end at once."""
+    return next(iter(sys.argv[1:] if args is None else args), None) in ("compress", "analyze", "demo")
+
+
+def _interrupted(stop: BaseException, *, resumes: bool) -> int:
     if isinstance(stop.__cause__, EOFError):  # click takes a truncated file for the end of typed input
-        return confess(stop.__cause__)
-    click.echo("interrupted; the same command goes on after the last finished stage", err=True)
+        return confess(stop.__cause__, resumes=resumes)
+    then = "goes on after the last finished stage" if resumes else "starts from the beginning"
+    click.echo(f"interrupted; the same command {then}", err=True)
     return 130
 
 
-def _unexpected(error: Exception) -> int:
+def _unexpected(error: Exception, *, resumes: bool) -> int:
     if isinstance(error, OSError) and error.errno in UNUSABLE:
         return complain(folder_error(Path(error.filename or "the output"), error))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -56,7 +63,7 @@ def _unexpected(error: Exception) -> int:
             "lower intervene.batch_size, the stages' `inputs` or distill.batch_size with --set, or use another device"
         )
         return complain(CausalCompressError(what, found=str(error), remedy=remedy))
-    return confess(error)
+    return confess(error, resumes=resumes)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -26,6 +26,8 @@ TRACEBACKS = 5
 _PROSE = 24
 """Cells of a table on a terminal are broken, between words, only where they are longer: figures stay on one line."""
 
+_KEPT = "  nothing is lost: finished stages are in the run folder, the same command goes on after them\n"
+
 _Column = Sequence[str]  # its heading, then its cells
 
 
@@ -89,8 +91,13 @@ def complain(error: CausalCompressError) -> int:
     return error.exit_code
 
 
-def confess(error: BaseException) -> int:
-    """Prints an error that is our bug: what, where, how to report it; returns the exit code."""
+def confess(error: BaseException, *, resumes: bool) -> int:
+    """Prints an error that is our bug: what, where, how to report it; returns the exit code.
+
+    Args:
+        error: What nobody foresaw.
+        resumes: Whether the command keeps finished stages.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "unknown"
     what = "".join(traceback.format_exception_only(error)).strip()
@@ -98,7 +105,7 @@ def confess(error: BaseException) -> int:
         "error: causal-compress failed in a way it should not: this is our bug, not yours.\n"
         f"  what: {_shortened(what, 600)}\n"
         f"  where: {where}\n"
-        "  nothing is lost: finished stages are in the run folder, the same command goes on after them\n"
+        f"{_KEPT if resumes else ''}"
         "  to report it, send this text, the output of the same command with -vv, and of 'causal-compress doctor'\n"
     )
     _trace(error)

@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
+from causal_compress.afterwards import RECIPE, Finished, reopen
 from causal_compress.errors import DataError, UsageError
 from causal_compress.explain.explaining import Question, Subject, ask, ask_about_file, explain, find_nodes
 from causal_compress.explain.page import Pictures, explanation_page, pictures_of
-from causal_compress.files import atomic_write_text
+from causal_compress.files import atomic_write_text, make_room
 from causal_compress.inputs.data import Data, Split, load_data
-from causal_compress.inputs.images import ImageArray, ImageRows, image_array
+from causal_compress.inputs.images import ImageArray, ImageRows, image_array, opened_image
 from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
-from causal_compress.results import Explanation, Exported, Groups, Surgery
+from causal_compress.results import Explanation, Exported, Groups
 from causal_compress.runs import read_result
-from causal_compress.shrink.surgery import replay
-from causal_compress.stages import SURGERY, WEIGHTS, numerics
-from causal_compress.understand.algebra import folded
+from causal_compress.stages import numerics
 from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import trace
 
@@ -46,7 +45,7 @@ def recipe_of_run(folder: Path, settings: Sequence[str] = ()) -> Recipe:
         RunFolderError: no finished run.
     """
     read_result(folder, "export", Exported)
-    return load_recipe(folder / "recipe.resolved.yaml", settings)
+    return load_recipe(folder / RECIPE, settings)
 
 
 def explain_run_or_checkpoint(
@@ -67,38 +66,37 @@ def explain_run_or_checkpoint(
         index: An input of the split.
         file: An image, or an .npy file with one input as it is stored in the data source; instead of an index.
         of_class: Name or number of a class; only inputs that get it count.
+
+    Raises:
+        RunFolderError: checkpoint or data are not those of the run any more.
     """
-    data = load_data(recipe.data, seed=recipe.seed)
+    if folder is None:
+        finished, data = None, load_data(recipe.data, seed=recipe.seed)
+    else:
+        finished = reopen(folder, recipe)
+        data = finished.data
     chosen: Split = getattr(data, split)
     question = ask(data, chosen, index=index, of_class=of_class)
     if file is not None:
         question = ask_about_file(data, question, read_input(file, data), file.name)
     with numerics(recipe):
-        subjects = _subjects(folder, recipe, data)
+        subjects = _subject(recipe, data) if folder is None or finished is None else _subjects(folder, finished)
         found = tuple(explain(subject, data, recipe.explain, question, seed=recipe.seed) for subject in subjects)
     pictures = tuple(_pictures(explanation, data, recipe, question) for explanation in found)
     return Explained(recipe.report.title or (recipe.model.arch or "Network").rpartition("/")[2], found, pictures)
 
 
-def _subjects(folder: Path | None, recipe: Recipe, data: Data) -> tuple[Subject, ...]:
+def _subject(recipe: Recipe, data: Data) -> tuple[Subject, ...]:
     network = open_network(recipe, data)
-    if folder is None:
-        nodes = find_nodes(network, data, recipe.intervene, recipe.group, recipe.seed)
-        return (Subject("network", network, nodes),)
-    surgery = _surgery(folder)
-    network = folded(network, surgery.folds)
-    student = replay(network, surgery, load_file(folder / WEIGHTS))
-    smaller = trace(student.graph, data.example_input)
+    return (Subject("network", network, find_nodes(network, data, recipe.intervene, recipe.group, recipe.seed)),)
+
+
+def _subjects(folder: Path, finished: Finished) -> tuple[Subject, ...]:
+    recipe, data = finished.recipe, finished.data
+    smaller = trace(finished.student.graph, data.example_input)
     nodes = find_nodes(smaller, data, recipe.intervene, recipe.group, recipe.seed)
     known = read_result(folder, "group", Groups).chosen.nodes
-    return Subject("teacher", network, known), Subject("student", smaller, nodes)
-
-
-def _surgery(folder: Path) -> Surgery:
-    from pydantic import TypeAdapter
-
-    record: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_json((folder / SURGERY).read_bytes())
-    return TypeAdapter(Surgery).validate_python(record["surgery"])
+    return Subject("teacher", finished.network, known), Subject("student", smaller, nodes)
 
 
 def _pictures(explanation: Explanation, data: Data, recipe: Recipe, question: Question) -> Pictures | None:
@@ -111,37 +109,53 @@ def read_input(file: Path, data: Data) -> Tensor:
     """One input from a file, prepared as the data source's own inputs are.
 
     Args:
-        file: An image of any size (short side resized, centre cropped), or an .npy array: an image H x W x C, or a
-            table's row in encoded form.
+        file: An image of any size (short side resized, centre cropped), or an .npy array: an image H x W x C with the
+            channels that are stored in the data source, or a table's row in encoded form.
         data: Says how inputs are prepared.
 
     Raises:
-        DataError: a file that can't be read as an input.
+        DataError: a file that can't be read as an input, or whose numbers are not those of the data source.
     """
     rows = data.validation.rows
     try:
-        if file.suffix == ".npy":
-            values = np.load(file, allow_pickle=False)
-            if not isinstance(rows, ImageRows):
-                return torch.from_numpy(values.astype(np.float32)).reshape(1, -1)
-            values = _as_stored(values, rows, file.name)
-        elif isinstance(rows, ImageRows):
-            values = _open_image(file, rows.store.shape)[None]
-        else:
-            raise UsageError(
-                "a table's input can't be read from this file",
-                found=str(file),
-                wanted=".npy with the encoded row",
-                remedy="explain a row of the data with --index instead",
-            )
-    except (OSError, ValueError, EOFError, SyntaxError) as error:  # Pillow: SyntaxError on broken PNG headers
+        with file.open("rb") as opened:
+            values = _read_array(opened) if file.suffix == ".npy" else None
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{file} can't be read as an input",
             found=str(error),
             wanted="an image, or an .npy array",
             remedy="check the path and the file",
         ) from error
-    return rows.preparation.normalized(rows.preparation.scaled(values, None))
+    if not isinstance(rows, ImageRows):
+        return _as_row(values, file)
+    stored = _open_image(file, rows.store.shape)[None] if values is None else _as_stored(values, rows, file.name)
+    return rows.preparation.normalized(rows.preparation.scaled(stored, None))
+
+
+def _read_array(file: BinaryIO) -> NDArray[Any]:
+    values = np.load(file, allow_pickle=False)
+    if not isinstance(values, np.ndarray):
+        raise ValueError("an .npz archive")
+    return values
+
+
+def _as_row(values: NDArray[Any] | None, file: Path) -> Tensor:
+    if values is None:
+        raise UsageError(
+            "a table's input can't be read from this file",
+            found=str(file),
+            wanted=".npy with the encoded row",
+            remedy="explain a row of the data with --index instead",
+        )
+    if values.dtype.kind not in "uifb" or not np.isfinite(values).all():
+        raise DataError(
+            f"{file} can't be read as an input",
+            found=f"dtype {values.dtype}" if values.dtype.kind not in "uifb" else "NaN or infinity",
+            wanted="finite numbers: the encoded row",
+            remedy="encode the row as the data source's own, or explain a row of the data with --index instead",
+        )
+    return torch.from_numpy(values.astype(np.float32)).reshape(1, -1)
 
 
 def _as_stored(values: NDArray[Any], rows: ImageRows, name: str) -> NDArray[Any]:
@@ -154,6 +168,14 @@ def _as_stored(values: NDArray[Any], rows: ImageRows, name: str) -> NDArray[Any]
             remedy="save one image, channels last",
         )
     stored = image_array(values[None], name).values
+    channels = rows.store.shape[2]
+    if stored.shape[3] != channels:
+        raise DataError(
+            f"{name} has other channels than the images of the data source",
+            found=f"{stored.shape[3]} channel(s)",
+            wanted=f"{channels} channel(s), as they are stored there",
+            remedy="save it channels last, grey or in colour as the source's images are; data.channels comes later",
+        )
     if isinstance(rows.store, ImageArray) and rows.store.values.dtype.kind == "f":
         return values[None].reshape(stored.shape).astype(np.float32)  # a source of floats is taken as it stands
     return stored
@@ -163,7 +185,7 @@ def _open_image(file: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int
     from PIL import Image, ImageOps
 
     height, width, channels = shape
-    with Image.open(file) as opened:
+    with opened_image(lambda: Image.open(file), str(file)) as opened:
         image = ImageOps.fit(
             opened.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BILINEAR
         )
@@ -171,8 +193,12 @@ def _open_image(file: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int
 
 
 def write_explanations(explained: Explained, path: Path) -> None:
-    """Write a self-contained page (.html) or JSON (.json); the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a self-contained page (.html) or JSON (.json); the folder is made where it is missing.
+
+    Raises:
+        RunFolderError: nothing can be written there.
+    """
+    make_room(path)
     if path.suffix == ".html":
         atomic_write_text(path, explanation_page(explained.title, explained.explanations, explained.pictures))
         return

@@ -9,6 +9,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from causal_compress.errors import RunFolderError
+
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new one, never a part, whatever kills the process.
@@ -37,6 +39,42 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes a text file (UTF-8, newlines as given) as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for output and tries to write into it, so that no work is done whose result can't be kept.
+
+    Raises:
+        RunFolderError: There is a file of that name, no permission, or a read-only or full disk.
+    """
+    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise RunFolderError(
+            f"can't write into the folder {folder}",
+            found=f"{error.strerror or error}: {error.filename or folder}",
+            wanted="a folder in which files can be made",
+            remedy="give another --out, or mend that path's permissions",
+        ) from error
+
+
+def make_room(file: Path) -> None:
+    """Makes the folder of an output file and tries to write into it, before the work.
+
+    Raises:
+        RunFolderError: As `make_folder`; or the path is a folder itself.
+    """
+    make_folder(file.parent)
+    if file.is_dir():
+        raise RunFolderError(
+            f"can't write the file {file}",
+            found="a folder of that name",
+            wanted="the path of a file",
+            remedy=f"give another --out, such as {file / ('out' + file.suffix)}",
+        )
 
 
 def sha256_of_file(path: Path) -> str:

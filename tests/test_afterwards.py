@@ -12,9 +12,12 @@ from causal_compress import afterwards
 from causal_compress.cli import main
 from causal_compress.deploy.bundle import Wish
 from causal_compress.deploy.gate import Limits
+from causal_compress.deploy.package_folder import package_folder
 from causal_compress.errors import RunFolderError, UsageError
+from causal_compress.inputs.data import load_data
 from causal_compress.pipeline import compress
 from causal_compress.recipe import BenchmarkSection
+from causal_compress.recipe_file import load_recipe, recipe_yaml
 
 QUICK = BenchmarkSection(batches=[1], repeats=10, seconds=0.05, runtimes=["onnxruntime"])
 QUANTIZED = {"families": ["cpu"], "methods": ["minmax"], "scored": 32, "repeats": 10, "seconds": 0.05}
@@ -86,6 +89,118 @@ def test_other_data_than_the_runs_are_refused(finished, tmp_path):
     for call in calls:
         with pytest.raises(RunFolderError, match="the data of"):
             call()
+
+
+# ---- targets that want their inputs prepared otherwise
+
+
+@pytest.fixture(scope="module")
+def otherwise(finished):
+    """A copy of the run that was made, so it says, with inputs shifted far away."""
+    run = Path(shutil.copytree(finished, finished.parent / "otherwise"))
+    recipe = load_recipe(
+        run / afterwards.RECIPE, ["data.normalize.mean=[9,9,9,9,9,9]", "data.normalize.std=[1,1,1,1,1,1]"]
+    )
+    (run / afterwards.RECIPE).write_text(recipe_yaml(recipe))
+    record = json.loads((run / "run.json").read_text())
+    record["data_sha256"] = load_data(recipe.data, seed=recipe.seed).fingerprint
+    (run / "run.json").write_text(json.dumps(record))
+    return run
+
+
+def measured(*targets, **options):
+    """Accuracy and drop of each target, and the notes on them."""
+    table = afterwards.benchmark_targets(targets, QUICK, runtimes=["onnxruntime"], precisions=["fp32"], **options)
+    told = [note for note in table.notes if "accuracy" in note]
+    return {row.target: (row.accuracy and row.accuracy.pct, row.drop_pp) for row in table.rows}, told
+
+
+def test_a_run_is_measured_on_inputs_prepared_as_its_own(finished, otherwise):
+    together, told = measured(finished, otherwise)
+    alone = {**measured(finished)[0], **measured(otherwise)[0]}
+    assert {name: accuracy for name, (accuracy, _) in together.items()} == {n: a for n, (a, _) in alone.items()}
+    assert together["run teacher"][0] > together["otherwise teacher"][0] + 10
+    assert together["run student"][1] is not None
+    assert together["otherwise teacher"][1] is together["otherwise student"][1] is None
+    assert len(told) == 1
+    assert "otherwise teacher, otherwise student" in told[0]
+    assert "no drop" in told[0]
+    assert measured(finished, otherwise / "model.onnx")[0]["model.onnx"] == (together["otherwise student"][0], None)
+
+
+def test_runs_of_the_same_inputs_are_compared(finished, tmp_path):
+    again = Path(shutil.copytree(finished, tmp_path / "again"))
+    rows, told = measured(finished, again)
+    assert rows["again teacher"] == (rows["run teacher"][0], 0.0)
+    assert told == []
+
+
+def test_packages_are_measured_on_inputs_prepared_as_their_own(finished, otherwise, tmp_path):
+    for run in (finished, otherwise):
+        afterwards.export_run(run, Wish("onnx"), tmp_path / f"of-{run.name}")
+    rows, told = measured(tmp_path / "of-run", tmp_path / "of-otherwise", finished)
+    assert rows["of-run teacher"][0] == rows["run teacher"][0] > rows["of-otherwise teacher"][0] + 10
+    assert rows["run teacher"][1] == 0.0  # a package's inputs are its run's
+    assert rows["of-otherwise teacher"][1] is None
+    assert ["of-otherwise" in note for note in told] == [True]
+
+
+def test_given_data_measure_no_run_that_wants_them_otherwise(finished, otherwise):
+    recipe = load_recipe(finished / afterwards.RECIPE)
+    rows, told = measured(finished, otherwise, data=recipe)
+    assert rows["run student"][1] is not None
+    assert rows["otherwise teacher"] == rows["otherwise student"] == (None, None)
+    assert "mean=[9.0" in told[0]
+
+
+def test_a_second_run_without_its_data_is_timed_without_accuracy(finished, otherwise, tmp_path):
+    broken = Path(shutil.copytree(otherwise, tmp_path / "broken"))
+    (broken / "run.json").write_text((finished / "run.json").read_text())
+    rows, told = measured(finished, broken)
+    assert rows["broken teacher"] == (None, None)
+    assert "the data of" in told[0]
+
+
+# ---- where results are written
+
+
+@pytest.mark.parametrize("place", ["file", "file/x"])
+def test_a_package_is_not_begun_where_it_cant_be_written(finished, tmp_path, place, monkeypatch):
+    monkeypatch.setattr(afterwards, "load", lambda _: pytest.fail("work was done before"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="can't write into the folder") as caught:
+        afterwards.export_run(finished, Wish("onnx"), tmp_path / place)
+    assert "another --out" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "words"),
+    [
+        (["counterfactual", "train"], "file", "can't write into"),
+        (["explain"], "file/x.html", "can't write into"),
+        (["explain"], "dir.html", "a folder of that name"),
+    ],
+)
+def test_where_nothing_can_be_written_no_work_is_done(tmp_path, monkeypatch, capsys, command, out, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("dir.html").mkdir()
+    given = ["--arch", "absent.py:build", "--data", "npz:absent.npz", "--out", out, "-q"]
+    assert main([*command, *given]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "another --out" in said
+    assert "absent" not in said
+
+
+def test_two_exports_do_not_share_a_folder(tmp_path):
+    with package_folder(tmp_path / "p") as (scratch, _):
+        (scratch / "model.onnx").touch()
+        with pytest.raises(RunFolderError, match="busy"), package_folder(tmp_path / "p"):
+            pytest.fail("the second was let in")
+        assert (scratch / "model.onnx").is_file()
+    with package_folder(tmp_path / "p") as (scratch, _):
+        assert list(scratch.iterdir()) == []
 
 
 def test_data_given_for_a_run_are_prepared_as_its_own(finished, capsys, monkeypatch):

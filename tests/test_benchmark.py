@@ -6,17 +6,19 @@ import io
 import time
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from causal_compress.afterwards import benchmark_targets
 from causal_compress.deploy.benchmark import Deployed, Pair, benchmark, count_agreement, deployed, time_interleaved
 from causal_compress.deploy.memory import peak_memory
 from causal_compress.deploy.onnx import export
 from causal_compress.deploy.scorecard import measured_notes, scorecard_csv, scorecard_markdown, verdict
-from causal_compress.errors import DataError
-from causal_compress.recipe import BenchmarkSection, BudgetSection, ExportSection
+from causal_compress.errors import DataError, ExportError
+from causal_compress.recipe import BenchmarkSection, BudgetSection, ExportSection, Recipe
 from causal_compress.results import Scorecard, ScoreRow
 
 
@@ -261,6 +263,64 @@ def test_missed_cost_outweighs_an_inconclusive_drop():
     outcome, reasons = verdict(rows, BudgetSection(macs=0.4, max_accuracy_drop=1))
     assert outcome == "FAIL"
     assert len(reasons) == 2
+
+
+# ---- files that take one batch size or other inputs only
+
+
+def onnx_file(path, batch, inputs, *, classes=2):
+    """Sums of inputs as logits, of a fixed batch or (a name) of any."""
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    weight = onnx.numpy_helper.from_array(np.ones((inputs, classes), np.float32), "w")
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, width])
+        for name, width in (("x", inputs), ("y", classes))
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    opset = onnx.helper.make_opsetid("", 18)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    return path
+
+
+def labelled(path):
+    """Rows of three numbers, in two classes."""
+    rows = np.random.default_rng(0).integers(0, 9, (30, 3))
+    np.savetxt(path, np.column_stack([rows, np.arange(30) % 2]), "%d", ",")
+    source = {"source": f"csv:{path}", "target": "3", "header": False}
+    return Recipe(data={**source, "calibration": 4, "validation": 4})
+
+
+def timed(targets, batches, **options):
+    section = BenchmarkSection(batches=batches, repeats=10, seconds=0.05, threads=[1])
+    table = benchmark_targets(targets, section, runtimes=["onnxruntime"], **options)
+    return table, [(row.target, row.batch) for row in table.rows], {skip.what: skip.reason for skip in table.skipped}
+
+
+def test_a_fixed_batch_is_timed_and_the_others_are_told(tmp_path):
+    fixed, free = onnx_file(tmp_path / "fixed.onnx", 4, 3), onnx_file(tmp_path / "free.onnx", "n", 3)
+    table, rows, left_out = timed([free, fixed], [1, 4])
+    assert rows == [("free.onnx", 1), ("free.onnx", 4), ("fixed.onnx", 4)]
+    assert [row.verdict == "reference" for row in table.rows] == [True, True, False]
+    assert list(left_out) == ["fixed.onnx fp32 on onnxruntime, batch 1"]
+    assert "exported with a batch of 4" in left_out["fixed.onnx fp32 on onnxruntime, batch 1"]
+    with pytest.raises(ExportError, match="give --batch 4"):
+        timed([fixed], [1, 64])
+
+
+def test_a_fixed_batch_answers_all_labelled_inputs(tmp_path):
+    fixed = onnx_file(tmp_path / "fixed.onnx", 4, 3)
+    table, _, _ = timed([fixed], [4], data=labelled(tmp_path / "d.csv"))
+    assert table.rows[0].accuracy.n % 4 != 0  # the last part is filled up
+
+
+def test_files_of_other_inputs_are_timed_on_their_own_or_told(tmp_path):
+    three, six = (onnx_file(tmp_path / f"{n}.onnx", "n", n) for n in (3, 6))
+    _, rows, left_out = timed([three, six], [1])
+    assert rows == [("3.onnx", 1), ("6.onnx", 1)]
+    assert left_out == {}
+    _, rows, left_out = timed([three, six], [1], data=labelled(tmp_path / "d.csv"))
+    assert rows == [("3.onnx", 1)]
+    assert "(1, 3)" in left_out["6.onnx fp32 on onnxruntime"]
 
 
 # ---- notes and forms

@@ -199,6 +199,19 @@ def test_a_bug_says_where_and_vv_shows_all(rooms, capsys):
     assert "Traceback" in said
 
 
+@pytest.mark.parametrize(
+    ("command", "goes_on"), [(["compress", *NETWORK], True), (["demo"], True), (["report", "run"], False)]
+)
+def test_only_commands_with_a_run_folder_promise_to_go_on(rooms, capsys, command, goes_on):
+    for error in (KeyboardInterrupt(), ZeroDivisionError("by zero")):
+        rooms.error = error
+        assert main(command) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+        said = capsys.readouterr().err
+        assert ("goes on after" in said) == goes_on
+        assert goes_on or "nothing is lost" not in said
+        assert isinstance(error, KeyboardInterrupt) or ("our bug" in said and f"{Path(__file__).name}:" in said)
+
+
 def test_json_is_the_scorecard_and_nothing_else(rooms, capsys):
     assert main(["compress", *NETWORK, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -277,6 +277,19 @@ def test_the_commands_train_and_show(csv, tmp_path, capsys):
     assert main([*asked, name, "--out", str(tmp_path / "one.png")]) == 2
     assert main([*asked, name, "--out", str(tmp_path / "one.doc")]) == 2
     assert main(["counterfactual", "show", str(out), "--index", "999", "--target", name]) == 2
+    (tmp_path / "dir.html").mkdir()
+    capsys.readouterr()
+    assert main([*asked, name, "--out", str(tmp_path / "dir.html")]) == 1
+    assert "a folder of that name" in capsys.readouterr().err
+    assert main([*asked, name, "--set", f"data.source=csv:{changed(csv, tmp_path)}"]) == 1
+    assert "are not what they were when it was trained" in capsys.readouterr().err
+
+
+def changed(csv, folder):
+    """The table with one more row."""
+    path = folder / "changed.csv"
+    path.write_text(csv.read_text() + "0.5,0.5,1,x,yes\n")
+    return path
 
 
 def test_a_hit_counts_whatever_its_loss():

@@ -12,6 +12,7 @@ import pytest
 import small_runs
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from causal_compress.cli import main
@@ -161,6 +162,13 @@ def test_a_run_shows_teacher_and_student(tmp_path, capsys):
     assert sorted(file.name for file in run.iterdir()) == before
     assert main(["explain", str(run), "--arch", "x.py:y"]) == 2
     assert "a run brings its own network" in capsys.readouterr().err
+    state = load_file(weights)
+    save_file({name: torch.zeros_like(value) for name, value in state.items()}, weights)
+    assert main(["explain", str(run), "--index", "2", "-q"]) == 1
+    assert "the teacher of" in capsys.readouterr().err
+    save_file(state, weights)
+    assert main(["explain", str(run), "--index", "2", "--set", "data.validation=99", "-q"]) == 1
+    assert "the data of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,6 +286,49 @@ def test_an_array_is_prepared_as_the_data_are(tmp_path):
     (tmp_path / "one.npy").write_bytes(b"")
     with pytest.raises(DataError, match="can't be read"):
         read_input(tmp_path / "one.npy", data)
+
+
+def test_an_array_with_other_channels_is_refused(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "grey.npz", x=x, y=np.arange(40) % 2)
+    section = DataSection(source=f"npz:{tmp_path / 'grey.npz'}", calibration=8, validation=8, channels=3)
+    data = load_data(section, seed=0)
+    np.save(tmp_path / "one.npy", x[0])
+    assert read_input(tmp_path / "one.npy", data).shape == (1, 3, 8, 8)
+    np.save(tmp_path / "one.npy", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match="other channels") as caught:
+        read_input(tmp_path / "one.npy", data)
+    assert (caught.value.found, caught.value.wanted[:12]) == ("3 channel(s)", "1 channel(s)")
+
+
+def test_images_that_pillow_would_clip_or_cant_hold_are_refused(explained, tmp_path, monkeypatch):
+    from PIL import Image
+
+    data = explained[2]
+    for name, pixels in (("deep.png", np.full((8, 8), 40_000, np.uint16)), ("float.tif", np.ones((8, 8), np.float32))):
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(DataError, match="16-bit or float"):
+            read_input(tmp_path / name, data)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # 8 x 8 is beyond twice of it
+    with pytest.raises(DataError, match=r"huge\.png"):
+        read_input(tmp_path / "huge.png", data)
+
+
+def test_archives_under_an_arrays_name_are_refused(explained, tmp_path):
+    np.savez(tmp_path / "several.npz", x=np.zeros(3))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    (tmp_path / "cut.npy").write_bytes(b"PK\x03\x04 and nothing more")
+    for name in ("several.npy", "cut.npy"):
+        with pytest.raises(DataError, match="can't be read as an input"):
+            read_input(tmp_path / name, explained[2])
+
+
+def test_a_row_with_holes_is_refused(tmp_path):
+    data = load_data(small_runs.table_recipe(tmp_path / "w.safetensors").data, seed=0)
+    np.save(tmp_path / "row.npy", np.full(30, np.nan))
+    with pytest.raises(DataError, match="can't be read"):
+        read_input(tmp_path / "row.npy", data)
 
 
 def test_a_row_of_words_is_refused(tmp_path):

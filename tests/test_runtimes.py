@@ -47,6 +47,15 @@ def test_each_runtime_gives_the_models_logits(name, file, folder):
     assert "1 thread" in runtime.describe() or name == "torch"
 
 
+@pytest.mark.parametrize(("name", "file"), [("torch", "m.pt2"), ("onnxruntime", "m.onnx")])
+def test_inputs_of_another_shape_are_an_error_with_a_remedy(name, file, folder):
+    with pytest.raises(ExportError, match=r"can't run the model on inputs of shape \(2, 5\)") as caught:
+        open_runtime(name, folder / file, threads=1).run(np.zeros((2, 5), np.float32))
+    assert caught.value.found
+    assert "--batch" in caught.value.remedy
+    assert ("3, 2, 2" in caught.value.wanted) == (name == "onnxruntime")  # the file declares it
+
+
 def test_onnx_session_is_sequential_with_the_threads_asked_for(folder):
     options = OnnxRuntime.load(folder / "m.onnx", threads=2).session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)

@@ -44,13 +44,14 @@ def train(*, out: Path, force: bool, as_json: bool, **inputs: Any) -> None:
     from causal_compress.counterfactual.bias import probe_bias
     from causal_compress.counterfactual.explainer import train_counterfactuals
     from causal_compress.counterfactual.folder import save_explainer
-    from causal_compress.files import atomic_write_text
+    from causal_compress.files import atomic_write_text, make_folder
     from causal_compress.recipe import CounterfactualSection
     from causal_compress.recipe_file import recipe_yaml
     from causal_compress.recover.distill import resolve_device
     from causal_compress.stages import numerics
     from causal_compress.understand.teacher import refuse_near_chance, score_teacher
 
+    make_folder(out)
     section = recipe.counterfactual or CounterfactualSection()
     with numerics(recipe):
         network, data = _network_and_data(recipe)
@@ -58,7 +59,6 @@ def train(*, out: Path, force: bool, as_json: bool, **inputs: Any) -> None:
         explainer = train_counterfactuals(
             network, data, section, seed=recipe.seed, device=resolve_device(recipe.device)
         )
-        out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out / RECIPE, recipe_yaml(recipe))
         save_explainer(explainer, out)
         probe = probe_bias(explainer, data.validation, inputs=section.probe, seed=recipe.seed)
@@ -88,15 +88,19 @@ def show(*, folder: Path, index: int, target: str, split: str, settings: tuple[s
 
     from causal_compress.counterfactual.contrast import contrast
     from causal_compress.counterfactual.explainer import find, target_of
-    from causal_compress.counterfactual.folder import load_explainer, read_description
+    from causal_compress.counterfactual.folder import load_explainer, read_description, refuse_other_data
+    from causal_compress.files import make_room
     from causal_compress.recipe_file import load_recipe
     from causal_compress.stages import numerics
 
     read_description(folder)  # a folder of another kind is refused before any work
     recipe = load_recipe(folder / RECIPE, list(settings))
+    if out is not None:
+        make_room(out)
     with numerics(recipe):
         network, data = _network_and_data(recipe)
         explainer = load_explainer(folder, network)
+        refuse_other_data(folder, explainer.trained, data)
         rows = getattr(data, split)
         if index >= len(rows):
             raise UsageError(
@@ -131,7 +135,6 @@ def _write(out: Path, explainer: Any, found: Any, told: Contrast) -> None:
     from causal_compress.counterfactual.page import counterfactual_page, picture_png
     from causal_compress.files import atomic_write_bytes, atomic_write_text
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     match out.suffix:
         case ".html":
             atomic_write_text(out, counterfactual_page(explainer, found, told))

@@ -11,6 +11,7 @@ import click
 from causal_compress.commands.shared import FOLDER, as_json_text, chosen_recipe, talks
 from causal_compress.console import show_table, tell
 from causal_compress.errors import UsageError
+from causal_compress.files import make_room
 
 if TYPE_CHECKING:
     from causal_compress.results import Attribution, CausalMap, Explanation, LocalExplanation, MinimalSet
@@ -46,6 +47,8 @@ def explain(*, target: Path | None, out: Path | None, as_json: bool, **options: 
     if out is not None and out.suffix not in (".html", ".json"):
         raise UsageError("the file's kind is unknown", found=str(out), wanted=".html or .json", remedy="name it so")
     recipe = _recipe_of(target, options)
+    if out is not None:
+        make_room(out)
 
     from causal_compress.explanations import explain_run_or_checkpoint, write_explanations
 

@@ -22,9 +22,9 @@ from causal_compress.counterfactual.constraints import Domain
 from causal_compress.counterfactual.explainer import Explainer
 from causal_compress.counterfactual.generator import build_generator
 from causal_compress.counterfactual.training import judge_of
-from causal_compress.errors import CheckpointError
+from causal_compress.errors import CheckpointError, DataError
 from causal_compress.files import atomic_write_bytes
-from causal_compress.inputs.data import Features
+from causal_compress.inputs.data import Data, Features
 from causal_compress.recipe import CounterfactualSection
 from causal_compress.results import CounterfactualTraining
 from causal_compress.results.common import config
@@ -124,6 +124,26 @@ def load_explainer(folder: Path, network: Network) -> Explainer:
     judge = judge_of(network, section.perceptual_site, torch.device("cpu"))
     frozen = generator.eval().requires_grad_(False)
     return Explainer(judge, frozen, domain, features, classes, description.input_shape, section, description.training)
+
+
+def refuse_other_data(folder: Path, trained: CounterfactualTraining, data: Data) -> None:
+    """Refuse data whose contents, split or preparation are not those of the training: inputs would mean another thing.
+
+    Args:
+        folder: Of the explainer, for the message.
+        trained: How it was trained.
+        data: What it is to explain now.
+
+    Raises:
+        DataError: other data.
+    """
+    if data.fingerprint != trained.data_sha256:
+        raise DataError(
+            f"the data of {folder} are not what they were when it was trained",
+            found=f"{data.fingerprint[:16]} now, {trained.data_sha256[:16]} then",
+            wanted="the same contents, split and preparation",
+            remedy="put the data back, or run `causal-compress counterfactual train` anew",
+        )
 
 
 def read_description(folder: Path) -> _Description:

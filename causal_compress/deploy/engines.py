@@ -91,7 +91,7 @@ class EngineRuntime:
             N x classes.
 
         Raises:
-            UsageError: a batch beyond the engine's profile.
+            UsageError: a batch beyond the engine's profile, or inputs of another shape.
         """
         import torch
 
@@ -167,6 +167,13 @@ class EngineRuntime:
                 f"the engine can't run a batch of {len(inputs)}",
                 wanted=f"{smallest} to {largest}",
                 remedy="build it again with export --batch that names this size",
+            )
+        if tuple(inputs.shape[1:]) != tuple(self.info.input_shape):
+            raise UsageError(
+                "the engine can't run inputs of this shape",
+                found=str(tuple(inputs.shape[1:])),
+                wanted=str(tuple(self.info.input_shape)),
+                remedy="give --data with inputs of the shape that it was built for, or measure it alone",
             )
         engine = self.context.engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydantic_core import to_json
 
 from causal_compress.deploy.targets import PACKAGE
 from causal_compress.errors import RunFolderError
-from causal_compress.files import atomic_write_text
+from causal_compress.files import atomic_write_text, make_folder
 from causal_compress.results import Package
 
 _SCRATCH = ".partial-package"  # inside the folder, which may be a mounted disk: renaming within it always works
@@ -31,21 +32,47 @@ def package_folder(folder: Path) -> Iterator[tuple[Path, Callable[[Package], Non
         files that it lists, removes those of the older package, and writes package.json last.
 
     Raises:
-        RunFolderError: the folder holds something that is no package.
+        RunFolderError: the folder holds something that is no package, can't be written, or another export writes
+            into it.
     """
-    replaced = _own_files(folder)
-    scratch = folder / _SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    make_folder(folder)
+    with _alone_in(folder):
+        replaced = _own_files(folder)
+        scratch = folder / _SCRATCH
+        shutil.rmtree(scratch, ignore_errors=True)  # left by an export that was killed
+        scratch.mkdir()
+        try:
+            yield scratch, partial(_move_in, folder, replaced)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Lock the folder itself: that leaves no file in a package, and the system lets go however the process ends."""
     try:
-        yield scratch, partial(_move_in, folder, replaced)
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(
+                    f"{folder} is busy",
+                    found="another export writes into it",
+                    remedy="wait until it has ended, or give another --out",
+                ) from error
+        yield
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _own_files(folder: Path) -> frozenset[str]:
     """Names of the package's files in a folder, none if it is new; refuses a folder that holds anything else."""
-    folder.mkdir(parents=True, exist_ok=True)
     there = sorted(path.name for path in folder.iterdir() if path.name != _SCRATCH)
     if not there:
         return frozenset()

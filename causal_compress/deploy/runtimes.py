@@ -88,11 +88,17 @@ class TorchRuntime:
 
         Returns:
             N x classes.
+
+        Raises:
+            ExportError: inputs that the network can't take.
         """
         import torch
 
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = self.model(torch.from_numpy(x)).numpy()
+        try:
+            with torch.inference_mode():
+                logits: NDArray[np.float32] = self.model(torch.from_numpy(x)).numpy()
+        except RuntimeError as error:
+            raise _cant_run("PyTorch", x, error) from error
         return logits
 
     def describe(self) -> str:
@@ -144,6 +150,7 @@ class CompiledRuntime:
 
         Raises:
             MissingPackageError: nothing here can compile.
+            ExportError: inputs that the network can't take, or a network that can't be compiled whole.
         """
         import torch
         import torch._dynamo
@@ -155,6 +162,8 @@ class CompiledRuntime:
                 logits: NDArray[np.float32] = self.compiled(torch.from_numpy(x)).numpy()
         except (InvalidCxxCompiler, CppCompileError) as error:
             raise no_compiler(str(error).strip().partition("\n")[0]) from error
+        except RuntimeError as error:
+            raise _cant_run("torch.compile", x, error) from error
         return logits
 
     def describe(self) -> str:
@@ -231,8 +240,15 @@ class OnnxRuntime:
 
         Returns:
             N x classes.
+
+        Raises:
+            ExportError: inputs of another shape or number than the model's.
         """
-        logits: NDArray[np.float32] = self.session.run(None, {self.session.get_inputs()[0].name: x})[0]
+        entry = self.session.get_inputs()[0]
+        try:
+            logits: NDArray[np.float32] = self.session.run(None, {entry.name: x})[0]
+        except Exception as error:  # onnxruntime's exceptions share no public base
+            raise _cant_run("ONNX Runtime", x, error, wanted=f"{entry.type} of shape {entry.shape}") from error
         return logits
 
     def describe(self) -> str:
@@ -243,6 +259,15 @@ class OnnxRuntime:
         """
         device = "CPU" if self.provider == "CPU" else f"GPU ({self.provider})"
         return f"onnxruntime {import_onnxruntime().__version__}, {device}, {self.threads} thread(s)"
+
+
+def _cant_run(runtime: str, x: NDArray[np.float32], error: Exception, *, wanted: str = "") -> ExportError:
+    return ExportError(
+        f"{runtime} can't run the model on inputs of shape {x.shape}",
+        found=" ".join(str(error).split())[:400],
+        wanted=wanted,
+        remedy="give --batch and --data of the shape that the model takes, or export it with a free batch size",
+    )
 
 
 def open_runtime(name: RuntimeName, path: Path, *, threads: int, batches: tuple[int, ...] | None = None) -> Runtime:
@@ -279,17 +304,20 @@ def open_runtime(name: RuntimeName, path: Path, *, threads: int, batches: tuple[
             return CompiledRuntime.of(eager.model) if name == "torch-compiled" else eager
 
 
-def for_any_batch(runtime: Runtime) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def for_any_batch(
+    runtime: Runtime, *, fixed: int | None = None
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """A runtime's `run` that takes batches of every size.
 
     Args:
         runtime: Any; an engine runs only batches within its profile.
+        fixed: The one batch size that the model takes, where it takes one only.
 
     Returns:
         A function from inputs to logits; where the batch is beyond the profile it is cut, or filled up with its last
         row, whose further answers are dropped.
     """
-    limits: tuple[int, int] | None = getattr(runtime, "limits", None)
+    limits: tuple[int, int] | None = getattr(runtime, "limits", None) if fixed is None else (fixed, fixed)
     return runtime.run if limits is None else partial(_in_parts, runtime.run, *limits)
 
 

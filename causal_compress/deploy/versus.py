@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from causal_compress.deploy.energy import NO_ENERGY, counters, energy_per_call
+from causal_compress.deploy.evidence import Array, Evidence
 from causal_compress.deploy.memory import peak_memory
+from causal_compress.deploy.precision import parse_onnx
 from causal_compress.deploy.runtimes import Runtime, for_any_batch, open_runtime, torch_threads
 from causal_compress.deploy.targets import Entry
 from causal_compress.deploy.timing import Ratio, compare_latencies, percentiles, time_in_turn
@@ -24,30 +25,14 @@ from causal_compress.recipe import BenchmarkSection
 from causal_compress.results import Skip, TargetRow, TargetTable
 from causal_compress.understand.statistics import paired_drop, wilson
 
-Array = NDArray[np.float32]
-Labels = NDArray[np.int64]
-
 _ON_GPU = ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+_REFUSALS = (ExportError, UsageError, RuntimeError)  # the last is OpenVINO's own
 _SAME = Ratio(1.0, 1.0, 1.0, 0)
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """Inputs for timing, and where there are labels or expected answers, what accuracy is measured on.
-
-    Args:
-        first: Inputs, N x ..., repeated to make up a batch.
-        batches: Goes through all labelled inputs once; None: accuracy is not measured.
-        expected: Folder and role -> class that it answered in PyTorch, for the same inputs in the same order.
-    """
-
-    first: Array
-    batches: Callable[[], Iterator[tuple[Array, Labels]]] | None = None
-    expected: dict[tuple[Path, str], Labels] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class _Answers:
+    evidence: Evidence
     hits: NDArray[np.bool_]
     agreement_pct: float | None
 
@@ -57,7 +42,13 @@ class _Loaded:
     entry: Entry
     runtime: Runtime
     load_ms: float
-    answers: _Answers | None
+    x: Array
+    batches: tuple[int, ...] = ()
+    answers: _Answers | None = None
+
+    def batch(self, size: int) -> Array:
+        """So many inputs."""
+        return np.ascontiguousarray(self.x[np.arange(size) % len(self.x)])
 
 
 @dataclass(frozen=True)
@@ -97,13 +88,13 @@ def measure_targets(
         with ExitStack() as stack:
             if any(one.entry.runtime.startswith("torch") for one in runnable):
                 stack.enter_context(torch_threads(threads))
-            loaded = [_load(one.entry, threads, section.batches, one.answers) for one in runnable]
+            loaded = [_loaded_again(one, threads, section.batches) for one in runnable]
             described += [one.runtime.describe() for one in loaded]
-            rows += _rows(loaded, threads, section, evidence.first)
+            rows += _rows(loaded, threads, section)
     return TargetTable(
         reference=runnable[0].entry.file.target,
         rows=tuple(rows),
-        notes=_notes(rows, runnable),
+        notes=(*evidence.notes, *_notes(rows, runnable)),
         skipped=(*skipped, *refused),
         runtimes=tuple(dict.fromkeys(described)),
         machine=machine(),
@@ -114,26 +105,75 @@ def measure_targets(
 def _try_all(
     entries: Sequence[Entry], section: BenchmarkSection, evidence: Evidence
 ) -> tuple[list[_Loaded], list[Skip]]:
-    """Load each once and take its answers; what a runtime refuses is left out, and said."""
+    """Load each once, try each batch size and take its answers; what a runtime refuses is left out, and said."""
     runnable: list[_Loaded] = []
     refused: list[Skip] = []
     for entry in entries:
+        own = evidence.of(entry)
         try:
-            loaded = _load(entry, max(section.threads), section.batches)
+            loaded = _load(entry, max(section.threads), section.batches, own.first)
             _refuse_batches(loaded.runtime, section.batches)
-            for_any_batch(loaded.runtime)(evidence.first[:1])
-            runnable.append(replace(loaded, answers=_answers(loaded, evidence)))
-        except (ExportError, UsageError) as error:
-            refused.append(Skip(what=entry.name, reason=" ".join(str(error).split())))
+            fixed = _fixed_batch(entry)
+            misfits = _misfits(loaded, section.batches, fixed)
+            fitting = tuple(batch for batch in section.batches if batch not in misfits)
+            if not fitting:
+                raise misfits[section.batches[0]]
+            answers = _answers(loaded, own, fixed or (fitting[0] if misfits else None))
+            loaded = replace(loaded, batches=fitting, answers=answers)
+        except _REFUSALS as error:
+            refused.append(_skip(entry.name, error))
+        else:
+            runnable.append(loaded)
+            refused += [_skip(f"{entry.name}, batch {batch}", error) for batch, error in misfits.items()]
     if not runnable:
         raise ExportError("no target runs here", found="; ".join(skip.reason for skip in refused), remedy="see above")
     return runnable, refused
 
 
-def _load(entry: Entry, threads: int, batches: Sequence[int], answers: _Answers | None = None) -> _Loaded:
+def _skip(what: str, error: Exception) -> Skip:
+    return Skip(what=what, reason=" ".join(str(error).split()))
+
+
+def _load(entry: Entry, threads: int, batches: Sequence[int], x: Array) -> _Loaded:
     start = time.perf_counter()
     runtime = open_runtime(entry.runtime, entry.file.path, threads=threads, batches=tuple(batches))
-    return _Loaded(entry, runtime, 1e3 * (time.perf_counter() - start), answers)
+    return _Loaded(entry, runtime, 1e3 * (time.perf_counter() - start), x)
+
+
+def _loaded_again(one: _Loaded, threads: int, batches: Sequence[int]) -> _Loaded:
+    return replace(_load(one.entry, threads, batches, one.x), batches=one.batches, answers=one.answers)
+
+
+def _misfits(loaded: _Loaded, batches: Sequence[int], fixed: int | None) -> dict[int, Exception]:
+    """The batch sizes at which the model does not run, and why; every other one has been run once."""
+    found: dict[int, Exception] = {}
+    for batch in batches:
+        try:
+            if fixed not in (None, batch):
+                raise ExportError(
+                    f"the model can't run a batch of {batch}",
+                    found=f"it was exported with a batch of {fixed}",
+                    remedy=f"give --batch {fixed}, or export it with a free batch size",
+                )
+            answered = loaded.runtime.run(loaded.batch(batch))
+            if len(answered) != batch:  # OpenVINO takes inputs of another width, and answers nothing
+                raise ExportError(
+                    f"the model does not answer each input of a batch of {batch}",
+                    found=f"answers of shape {answered.shape} to inputs of shape {loaded.batch(batch).shape}",
+                    remedy="give --data of the shape that the model takes, or measure it alone",
+                )
+        except _REFUSALS as error:
+            found[batch] = error
+    return found
+
+
+def _fixed_batch(entry: Entry) -> int | None:
+    """The batch size that an .onnx file declares; None where it is free, or the file does not tell."""
+    if entry.file.kind != "onnx":
+        return None
+    declared = parse_onnx(entry.file.path.read_bytes()).graph.input
+    sizes = declared[0].type.tensor_type.shape.dim if declared else ()
+    return sizes[0].dim_value or None if sizes else None
 
 
 def _refuse_batches(runtime: Runtime, batches: Sequence[int]) -> None:
@@ -147,31 +187,32 @@ def _refuse_batches(runtime: Runtime, batches: Sequence[int]) -> None:
         )
 
 
-def _answers(loaded: _Loaded, evidence: Evidence) -> _Answers | None:
+def _answers(loaded: _Loaded, evidence: Evidence, part: int | None) -> _Answers | None:
     if evidence.batches is None:
         return None
     given, right = [], []
-    run, file = for_any_batch(loaded.runtime), loaded.entry.file
+    run, file = for_any_batch(loaded.runtime, fixed=part), loaded.entry.file
     for x, y in evidence.batches():
         given.append(run(x).argmax(1))
         right.append(y)
     answers = np.concatenate(given)
     expected = evidence.expected.get((file.path.parent, file.role))
     agreed = None if expected is None else 100.0 * float((answers == expected).mean())
-    return _Answers(answers == np.concatenate(right), agreed)
+    return _Answers(evidence, answers == np.concatenate(right), agreed)
 
 
-def _rows(loaded: Sequence[_Loaded], threads: int, section: BenchmarkSection, first: Array) -> Iterator[TargetRow]:
-    memory = [_memory(one.entry, first.shape[1:], section.batches, threads) for one in loaded]
+def _rows(loaded: Sequence[_Loaded], threads: int, section: BenchmarkSection) -> Iterator[TargetRow]:
+    memory = {one.entry: _memory(one, threads) for one in loaded}
     for batch in section.batches:
-        x = np.ascontiguousarray(first[np.arange(batch) % len(first)])
-        calls = [partial(one.runtime.run, x) for one in loaded]
-        taken = time_in_turn(calls, repeats=section.repeats, seconds=section.seconds)
+        here = [one for one in loaded if batch in one.batches]
+        calls = [partial(one.runtime.run, one.batch(batch)) for one in here]
+        taken = time_in_turn(calls, repeats=section.repeats, seconds=section.seconds) if here else []
         timed = [
-            _Timed(one, batch, threads, times, rises.get(batch))
-            for one, times, rises in zip(loaded, taken, memory, strict=True)
+            _Timed(one, batch, threads, times, memory[one.entry].get(batch))
+            for one, times in zip(here, taken, strict=True)
         ]
         for one in timed:
+            x = one.loaded.batch(batch)
             reference = next(other for other in timed if other.loaded.entry.runtime == one.loaded.entry.runtime)
             joules = energy_per_call(partial(one.loaded.runtime.run, x), counters(gpu=_on_gpu(one.loaded.entry)))
             row = _row(one, reference, _device_ms(one.loaded.runtime, x))
@@ -183,10 +224,10 @@ def _on_gpu(entry: Entry) -> bool:
     return entry.runtime in _ON_GPU
 
 
-def _memory(entry: Entry, shape: tuple[int, ...], batches: Sequence[int], threads: int) -> dict[int, int]:
-    if _on_gpu(entry):
+def _memory(one: _Loaded, threads: int) -> dict[int, int]:
+    if _on_gpu(one.entry):
         return {}
-    return peak_memory(entry.runtime, entry.file.path, shape, tuple(batches), threads=threads) or {}
+    return peak_memory(one.entry.runtime, one.entry.file.path, one.x.shape[1:], one.batches, threads=threads) or {}
 
 
 def _device_ms(runtime: Runtime, x: Array) -> float | None:
@@ -229,18 +270,15 @@ def _row(one: _Timed, reference: _Timed, device_ms: float | None) -> TargetRow:
 
 
 def _with_accuracy(row: TargetRow, answers: _Answers | None, reference: _Answers | None) -> TargetRow:
-    if answers is None or reference is None:
+    if answers is None:
         return row
     n = len(answers.hits)
+    row = replace(row, accuracy=wilson(int(answers.hits.sum()), n), agreement_pct=answers.agreement_pct)
+    if row.verdict == "reference" or reference is None or reference.evidence is not answers.evidence:
+        return row  # a drop is that of answers to the same inputs
     lost, won = (reference.hits & ~answers.hits).sum(), (answers.hits & ~reference.hits).sum()
     drop, interval = paired_drop(int(lost), int(won), n)
-    return replace(
-        row,
-        accuracy=wilson(int(answers.hits.sum()), n),
-        drop_pp=None if row.verdict == "reference" else drop,
-        drop_ci_pp=None if row.verdict == "reference" else interval,
-        agreement_pct=answers.agreement_pct,
-    )
+    return replace(row, drop_pp=drop, drop_ci_pp=interval)
 
 
 def _notes(rows: Sequence[TargetRow], loaded: Sequence[_Loaded]) -> tuple[str, ...]:
@@ -291,7 +329,9 @@ def _reason(
     here = [row for row in rows if row.runtime == runtime and row.precision == "fp32"]
     for threads in dict.fromkeys(row.threads for row in here):
         medians = {(r.target, r.batch): r for r in here if r.threads == threads}
-        batches = sorted({batch for _, batch in medians})
+        batches = sorted(batch for target, batch in medians if target == pair[1] and (pair[0], batch) in medians)
+        if not batches:
+            continue
         smallest = medians[pair[1], batches[0]]
         times = {b: (medians[pair[0], b].latency_ms_p50, medians[pair[1], b].latency_ms_p50) for b in batches}
         why = why_no_speed(before, after, smallest.ratio, times) if before and after else None
