@@ -192,6 +192,17 @@ def test_dropout_rests(student: nn.Module, teacher: nn.Module) -> None:
     assert same(with_it[0].state_dict(), without.state_dict())
 
 
+def test_dropout_inside_attention_rests_too() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True).train()
+    training._rest_dropout(attention)
+    x = torch.randn(2, 3, 4)
+    answers = [attention(x, x, x)[0] for _ in range(2)]
+    assert torch.equal(*answers)
+    answers[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in attention.parameters())
+
+
 def test_long_gradients_are_shortened(student: nn.Module, teacher: nn.Module) -> None:
     def moved(clip: float | None) -> float:
         trained = run(student, teacher, section(epochs=1, optimizer="sgd", weight_decay=0.0, ema=0.0, clip_norm=clip))[

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from small_runs import digits_recipe, train
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from causal_compress.inputs.data import load_data
 from causal_compress.inputs.models import build_model
 from causal_compress.pipeline import analyze, compress
 from causal_compress.recipe import BenchmarkSection, BudgetSection, LatencySection, PlanSection
-from causal_compress.results import Candidates, Effects, Groups, Plan, Scorecard
+from causal_compress.results import Candidate, Candidates, Effects, Groups, Plan, Scorecard
 from causal_compress.runs import read_result
 from causal_compress.shrink.latency import Timer, measure_latency, plan_for_latency, skeleton
 from causal_compress.understand.cost import count_macs
@@ -148,6 +150,99 @@ def test_equal_parts_are_timed_once(known: Known) -> None:
     assert table.parts < len(known.candidates.rows)
     assert len(table.ms) == len(known.candidates.rows)
     assert all(ms > 0 for ms in table.ms)
+
+
+class Bottleneck(nn.Module):
+    """Two layers in a row, of other kernels, beside a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thin, self.wide, self.out = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.out(torch.relu(self.wide(torch.relu(self.thin(x))))))
+
+
+class Bare(nn.Module):
+    """A layer, then two whose weights are bare parameters, with a hidden width, beside a skip."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.first, self.second = nn.Parameter(torch.ones(hidden, 4, 1, 1)), nn.Parameter(torch.ones(4, hidden, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.conv2d(torch.relu(F.conv2d(self.conv(x), self.first)), self.second)
+
+
+def chain(*blocks: nn.Module) -> Network:
+    ends = nn.Conv2d(1, 4, 3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    return trace(nn.Sequential(ends[0], nn.ReLU(), *blocks, ends[1]).eval(), torch.rand(2, 1, 8, 8))
+
+
+def as_measured(network: Network, *changes: tuple[int, dict[str, int], dict[str, int]]) -> Candidates:
+    """Every region whole, then some in widths and ranks, as if anything had been measured of them."""
+    whole: list[tuple[int, dict[str, int], dict[str, int]]] = [(i, {}, {}) for i in range(len(network.regions))]
+    zero = dict.fromkeys(("macs_fixed", "macs_out", "params_fixed", "params_out"), 0)
+    rows = [
+        Candidate(
+            first=index,
+            last=index,
+            representative=index,
+            adapter=None,
+            widths=widths,
+            inputs_kept=1.0,
+            ranks=ranks,
+            **zero,
+            harm_kl=0.0,
+            harm_stderr=0.0,
+            relative_error=0.0,
+        )
+        for index, widths, ranks in (*whole, *changes)
+    ]
+    return Candidates(
+        rows=tuple(rows),
+        cut_groups={},
+        regions=len(whole),
+        macs=1,
+        params=1,
+        skipped=(),
+        inputs=1,
+        heldout=1,
+        seconds=0.0,
+    )
+
+
+def time_all(network: Network, candidates: Candidates) -> tuple[list[float], int]:
+    """What each candidate takes where time is parameters, and how many parts were timed."""
+    weigh = each(lambda model: float(sum(value.numel() for value in model.parameters())))
+    table = measure_latency(network, candidates, LatencySection(keep=0.5), weigh)
+    return list(table.ms), table.parts
+
+
+@pytest.mark.parametrize("kept", [({"thin": 2, "wide": 6}, {"thin": 6, "wide": 2}), ({"thin": 2}, {"wide": 2})])
+@pytest.mark.parametrize("kind", ["widths", "ranks"])
+def test_equal_sizes_of_different_layers_are_timed_apart(kind: str, kept: tuple[dict[str, int], ...]) -> None:
+    network = chain(Bottleneck())
+    name = network.regions[1].info.name
+    sizes = [{f"{name}.{layer}": count for layer, count in counts.items()} for counts in kept]
+    changes = [(1, size, {}) if kind == "widths" else (1, {}, size) for size in sizes]
+    ms, _ = time_all(network, as_measured(network, *changes))
+    assert ms[-1] != ms[-2]
+
+
+def test_equal_blocks_in_equal_sizes_are_timed_once() -> None:
+    network = chain(Bottleneck(), Bottleneck())
+    names = [next(name for name in network.regions[i].info.modules if name.endswith("wide")) for i in (1, 2)]
+    ms, parts = time_all(network, as_measured(network, (1, {names[0]: 4}, {}), (2, {names[1]: 4}, {})))
+    assert ms[1] == ms[2] > ms[-1] == ms[-2]
+    assert parts == len(network.regions)  # two ends, the block, the narrower block
+
+
+def test_bare_parameters_of_other_shapes_are_timed_apart() -> None:
+    network = chain(Bare(8), Bare(16))
+    ms, _ = time_all(network, as_measured(network))
+    assert ms[1] < ms[2]
 
 
 def test_times_are_medians_of_the_runtime(known: Known) -> None:

@@ -101,6 +101,15 @@ def test_norms_for_training_change_nothing_at_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("sizes", [[64, 1], [33, 32], [65]])
+def test_statistics_for_training_do_not_hang_on_how_inputs_are_chunked(sizes: list[int]) -> None:
+    student, x = plain(), torch.randn(65, 2, 8, 8)
+    norm = with_norms(student, x.split(sizes)).get_submodule(f"0{SUFFIX}")
+    activations = student.get_submodule("0")(x)
+    torch.testing.assert_close(norm.running_mean, activations.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, activations.var((0, 2, 3), correction=0))
+
+
 def test_norms_are_folded_into_the_structure_that_was_there() -> None:
     student, x = plain(), torch.randn(64, 2, 8, 8)
     normed = with_norms(student, [x])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import Residual
 from torch import nn
@@ -46,6 +47,77 @@ def test_the_fingerprint_of_a_structure_does_not_hang_on_addresses() -> None:
     x = torch.randn(2, 1, 8, 8)
     first, second = (structure_sha256(trace(Residual().eval(), x).graph) for _ in range(2))
     assert first == second
+
+
+class Opaque(nn.Module):
+    """What tracing can't follow, with a setting that it doesn't print."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__()
+        self.gain, self.act, self.size = 1.0, torch.relu, (1, 2)
+        self.table, self._hidden = torch.ones(3), "plain"
+        self.register_buffer("kept_nowhere", torch.ones(2), persistent=False)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x) * self.gain if bool((x > 0).any()) else x
+
+
+class Renamed(Opaque):
+    """The same settings, another function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1.0
+
+
+class Around(nn.Module):
+    """A layer, and behind it a module that stays whole or a buffer that no checkpoint holds."""
+
+    def __init__(self, inner: nn.Module, gain: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.fc = inner, nn.Linear(3, 2)
+        self.register_buffer("gain", torch.tensor(gain), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.inner(x)) * self.gain  # type: ignore[no-any-return]
+
+
+def structure(model: nn.Module) -> str:
+    return structure_sha256(trace(model.eval(), torch.ones(2, 3)).graph)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        Around(Opaque(gain=-1.0)),
+        Around(Opaque(act=torch.tanh)),
+        Around(Opaque(size=(1, 3))),
+        Around(Opaque(table=torch.zeros(3))),
+        Around(Opaque(_hidden="other")),
+        Around(Opaque(kept_nowhere=torch.zeros(2))),
+        Around(Renamed()),
+        Around(nn.Sequential(Opaque(gain=2.0))),
+        Around(Opaque(), gain=-1.0),
+    ],
+)
+def test_what_a_checkpoint_does_not_hold_is_part_of_the_fingerprint(changed: nn.Module) -> None:
+    usual = Around(nn.Sequential(Opaque()) if isinstance(changed.inner, nn.Sequential) else Opaque())
+    assert structure(usual) != structure(changed)
+
+
+def test_equal_modules_that_stay_whole_have_equal_fingerprints() -> None:
+    assert structure(Around(Opaque())) == structure(Around(Opaque()))
+    odd, again = ({"kept": object(), "table": {object(): 1, object(): None, "b": (2.0, torch.relu)}} for _ in range(2))
+    assert structure(Around(Opaque(**odd))) == structure(Around(Opaque(**again)))
+
+
+def test_of_a_module_that_tracing_goes_into_only_the_graph_counts() -> None:
+    plain, noted = Net(), Net()
+    noted.note = "read by nothing"  # type: ignore[assignment]
+    x = torch.ones(2, 3, 8, 8)
+    assert structure_sha256(trace(plain, x).graph) == structure_sha256(trace(noted, x).graph)
 
 
 def scored(validation_right: int, test_pct: float) -> str | None:

@@ -26,7 +26,7 @@ def with_norms(student: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
 
     Args:
         student: A torch.fx.GraphModule; left as it is.
-        batches: Inputs, in chunks of equal size, on which the statistics are taken: there a norm is the identity.
+        batches: Inputs, in chunks, on which the statistics are taken: there a norm is the identity.
 
     Returns:
         A network that computes the same in evaluation mode, up to rounding.
@@ -114,7 +114,8 @@ def _settle(graph: fx.GraphModule, norms: Sequence[nn.Module], batches: Sequence
 
     def note(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         rows = inputs[0].double().transpose(0, 1).flatten(1)
-        seen[norm].append(torch.stack([rows.mean(1), rows.square().mean(1)]))
+        count = torch.full_like(rows[:, 0], rows.shape[1])
+        seen[norm].append(torch.stack([count, rows.sum(1), rows.square().sum(1)]))
 
     hooks = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
@@ -126,7 +127,8 @@ def _settle(graph: fx.GraphModule, norms: Sequence[nn.Module], batches: Sequence
             hook.remove()
     with torch.no_grad():
         for norm in norms:
-            mean, square = torch.stack(seen[norm]).mean(0)
+            count, total, squares = torch.stack(seen[norm]).sum(0)
+            mean, square = total / count, squares / count
             variance = (square - mean.square()).clamp(min=0)
             norm.load_state_dict(
                 {

@@ -189,7 +189,9 @@ def _rest_dropout(student: nn.Module) -> None:
     answers regularise enough (AlexNet, 41 hidden units: KD loss 4 with it, 0.03 without).
     """
     for module in student.modules():
-        if "dropout" in (name := type(module).__name__.lower()) or name == "stochasticdepth":
+        name = type(module).__name__.lower()
+        inside = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+        if "dropout" in name or name == "stochasticdepth" or inside:
             module.eval()
 
 

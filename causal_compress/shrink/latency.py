@@ -25,7 +25,7 @@ from causal_compress.shrink.parts import build_part
 from causal_compress.shrink.plan import make_plan
 from causal_compress.shrink.surgery import assemble, merges_of, narrow
 from causal_compress.shrink.undo import is_whole
-from causal_compress.understand.graph import get_module
+from causal_compress.understand.graph import fetch, get_module
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import Network
 
@@ -61,7 +61,7 @@ def measure_latency(network: Network, candidates: Candidates, section: LatencySe
         if span not in built:
             built[span] = _part(network, row)
         part, structure = built[span]
-        key = f"{structure} {sorted(row.widths.values())} {list(row.ranks.values())}"
+        key = f"{structure} {_sizes(part, row.widths)} {_sizes(part, row.ranks)}"
         if key not in shapes:
             shapes[key] = len(parts)
             parts.append((_narrowed(part, row, network), _entering(network, row.first)))
@@ -95,9 +95,19 @@ def _structure(part: fx.GraphModule) -> str:
     for node in part.graph.nodes:
         module = get_module(part, node)
         what = f"{node.op} {node.target}" if module is None else repr(module)
-        what = node.op if node.op in {"placeholder", "output", "get_attr"} else what
+        what = node.op if node.op in {"placeholder", "output"} else what
+        if node.op == "get_attr":
+            what = f"get_attr {getattr(fetch(part, str(node.target)), 'shape', ())}"
         lines.append(f"{what} {[number[source] for source in node.all_input_nodes]} {_constants(node)}")
     return "; ".join(lines)
+
+
+def _sizes(part: fx.GraphModule, counts: Mapping[str, int]) -> list[tuple[int, int]]:
+    """What is kept of which layer; layers go by the place of their call, so that equal blocks have equal sizes."""
+    place: dict[str, int] = {}
+    for index, node in enumerate(part.graph.nodes):
+        place.setdefault(str(node.target), index)
+    return sorted((place[layer], count) for layer, count in counts.items())
 
 
 def _constants(node: fx.Node) -> str:

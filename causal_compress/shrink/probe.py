@@ -18,7 +18,7 @@ FEWEST_INPUTS = 16
 
 @dataclass(frozen=True)
 class Probe:
-    """Chunks of calibration inputs.
+    """Chunks of calibration inputs; the last may be up to half shorter or longer than the others.
 
     Attributes:
         fit: Plain and intervened inputs in alternation, for the candidates' normal equations.
@@ -61,6 +61,8 @@ def draw_probe(
     fitted = max(1, min(chunks - held, -(-section.inputs // size)))
     wanted = held + max(fitted, -(-refitted // size))
     plain = [x for x, _ in split.batches(size, limit=wanted * size)]
+    if len(plain[-1]) < size / 2:  # too few for a batch norm's statistics, or to be held out alone
+        plain[-2:] = [torch.cat(plain[-2:])]
 
     def mixed(x: Tensor) -> Tensor:
         changed = intervened(

@@ -23,7 +23,7 @@ from causal_compress.shrink.refit import (
 )
 from causal_compress.shrink.rows import FewRows
 from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail, is_affine, undo
+from causal_compress.understand.tail import Tail, find_tail, is_affine, is_folded, undo
 
 HELD_OUT_EVERY = 4
 ROWS_PER_FEATURE = 200
@@ -48,8 +48,11 @@ def find_site(part: fx.GraphModule, layer: str) -> Site:
     """Where a layer of a part reads and writes; the output is taken behind its batch norm where one follows."""
     node = next(node for node in part.graph.nodes if node.op == "call_module" and str(node.target) == layer)
     follower = next(iter(node.users)) if len(node.users) == 1 else None
-    module = part.get_submodule(str(follower.target)) if follower is not None and follower.op == "call_module" else None
-    if follower is not None and isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+    if (
+        follower is not None
+        and is_folded(part, follower)
+        and fetch(part, str(follower.target)).running_mean is not None
+    ):
         return Site(layer, str(follower.target), node.all_input_nodes[0], follower)
     return Site(layer, None, node.all_input_nodes[0], node)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from causal_compress.understand.graph import ancestors, get_module
+from causal_compress.understand.graph import ancestors, get_module, shape_of
 
 _ADDS = (operator.add, torch.add)
 _PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.AlphaDropout)
@@ -28,6 +28,7 @@ _ACTIVATION_NAMES = {
     "hardswish", "hardsigmoid", "hardtanh", "softplus",
 }  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_ZERO = 1e-12  # nothing can be divided by what is smaller
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,26 @@ def find_tail(piece: fx.GraphModule) -> Tail | str:
     while _is_activation(piece, node) or _is_passing(piece, node) or _is_late_norm(piece, node):
         node = node.all_input_nodes[0]
     if node.op == "call_function" and node.target in _ADDS and len(node.all_input_nodes) == 2:
-        found = [(branch, _walk_back(piece, branch)) for branch in node.all_input_nodes]
-        tails = [(branch, walked) for branch, walked in found if walked is not None]
-        if not tails:
-            return "no summand of its last addition ends with a convolution or linear layer"
-        branch, walked = max(tails, key=lambda item: len(ancestors(item[0])))
-        skip = next((other for other in node.all_input_nodes if other is not branch), None)
-        return _tail(piece, walked, skip, node)
+        return _tail_of_sum(piece, node)
     straight = _walk_back(piece, node)
     if straight is None:
         return f"it ends with {describe(piece, node)}, which is not affine"
     return _tail(piece, straight, None, node)
+
+
+def _tail_of_sum(piece: fx.GraphModule, node: fx.Node) -> Tail | str:
+    if node.kwargs.get("alpha", 1) != 1:
+        return f"its last addition takes one summand times {node.kwargs['alpha']}"
+    found = [(branch, _walk_back(piece, branch)) for branch in node.all_input_nodes]
+    tails = [(branch, walked) for branch, walked in found if walked is not None]
+    if not tails:
+        return "no summand of its last addition ends with a convolution or linear layer"
+    whole = [(branch, walked) for branch, walked in tails if shape_of(branch) == shape_of(node)]
+    if not whole:
+        return f"its last addition repeats what {tails[0][1][0].target} puts out over a larger shape"
+    branch, walked = max(whole, key=lambda item: len(ancestors(item[0])))
+    skip = next((other for other in node.all_input_nodes if other is not branch), None)
+    return _tail(piece, walked, skip, node)
 
 
 def _tail(piece: fx.GraphModule, walked: list[fx.Node], skip: fx.Node | None, pre: fx.Node) -> Tail:
@@ -88,16 +98,15 @@ def _walk_back(piece: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
     while True:
         walked.insert(0, node)
         module = get_module(piece, node)
+        if len(node.users) > 1:  # another reader may be what the skip is made of: a refit would change its own target
+            return None
         if is_affine(module):
             used_once = sum(str(other.target) == str(node.target) for other in piece.graph.nodes) == 1
-            return walked if used_once and len(node.users) == 1 else None
+            return walked if used_once else None
         if isinstance(module, BATCH_NORMS):
-            source = get_module(piece, node.all_input_nodes[0])
-            if not is_affine(source) or module.running_mean is None:
+            if not is_folded(piece, node) or module.running_mean is None:
                 return None
-        elif not (_is_passing(piece, node) or _is_scale(node) or _is_permute(piece, node)):
-            return None
-        if len(node.users) > 1 and len(walked) > 1:
+        elif not (_is_passing(piece, node) or _can_divide(piece, node) or _is_permute(piece, node)):
             return None
         node = next(source for source in node.all_input_nodes if source.op != "get_attr")
 
@@ -107,6 +116,20 @@ def is_affine(module: nn.Module | None) -> bool:
     if type(module) is nn.Conv2d:  # a subclass may do anything with its weights
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_folded(piece: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a batch norm right behind an affine layer, and its channels are that layer's outputs.
+
+    Args:
+        piece: A module whose shapes were propagated.
+        node: A node of its graph.
+    """
+    if not isinstance(get_module(piece, node), BATCH_NORMS):
+        return False
+    layer = get_module(piece, node.all_input_nodes[0])
+    # Behind a linear layer on sequences (samples, positions, features) the norm's channels are the positions.
+    return is_affine(layer) and (isinstance(layer, nn.Conv2d) or len(shape_of(node)) == 2)
 
 
 def _is_activation(piece: fx.GraphModule, node: fx.Node) -> bool:
@@ -147,7 +170,7 @@ def _is_late_norm(piece: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a norm that can't be folded into an affine layer right before it: it stays as it is."""
     module = get_module(piece, node)
     if isinstance(module, BATCH_NORMS):
-        return not is_affine(get_module(piece, node.all_input_nodes[0]))
+        return not is_folded(piece, node)
     return isinstance(module, nn.LayerNorm | nn.GroupNorm)
 
 
@@ -158,19 +181,35 @@ def _is_scale(node: fx.Node) -> bool:
     return multiplies and len(sources) == 2 and sum(source.op == "get_attr" for source in sources) == 1
 
 
+def _can_divide(piece: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node multiplies by a parameter that hides nothing and repeats nothing."""
+    if not _is_scale(node):
+        return False
+    scaled = next(source for source in node.all_input_nodes if source.op != "get_attr")
+    seen = bool((_scale(piece, node).double().abs() > _ZERO).all())
+    return seen and shape_of(scaled) == shape_of(node)
+
+
+def _scale(piece: fx.GraphModule, node: fx.Node) -> Tensor:
+    source = next(source for source in node.all_input_nodes if source.op == "get_attr")
+    return _attribute(piece, str(source.target)).detach()
+
+
 def _is_permute(piece: fx.GraphModule, node: fx.Node) -> bool:
     return _permutation(piece, node) is not None
 
 
 def _permutation(piece: fx.GraphModule, node: fx.Node) -> list[int] | None:
     module = get_module(piece, node)
+    dims: Any
     if type(module).__name__ == "Permute":
-        dims: Any = getattr(module, "dims")  # noqa: B009  (torchvision's Permute is not imported for its type)
-        return [int(dim) for dim in dims]
-    if (node.op == "call_method" and node.target == "permute") or node.target is torch.permute:
-        order: Any = node.kwargs.get("dims", node.args[1:])
-        return [int(dim) for dim in (order[0] if isinstance(order[0], tuple | list) else order)]
-    return None
+        dims = getattr(module, "dims")  # noqa: B009  (torchvision's Permute is not imported for its type)
+    elif (node.op == "call_method" and node.target == "permute") or node.target is torch.permute:
+        given: Any = node.kwargs.get("dims", node.args[1:])
+        dims = given[0] if isinstance(given[0], tuple | list) else given
+    else:
+        return None
+    return [int(dim) % len(dims) for dim in dims]  # -1 is the last
 
 
 def undo(piece: fx.GraphModule, tail: Tail, value: Tensor) -> Tensor:
@@ -186,9 +225,7 @@ def undo(piece: fx.GraphModule, tail: Tail, value: Tensor) -> Tensor:
         if order is not None:
             value = value.permute(*torch.argsort(torch.tensor(order)).tolist())
         elif _is_scale(node):
-            source = next(source for source in node.all_input_nodes if source.op == "get_attr")
-            scale = _attribute(piece, str(source.target)).detach()
-            value = value / torch.where(scale.abs() < 1e-12, torch.ones_like(scale), scale)
+            value = value / _scale(piece, node)
     return value
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from causal_compress.errors import TeacherError, TraceError
 from causal_compress.inputs.data import Data, Split
@@ -21,19 +24,26 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(
-            value.detach().contiguous().view(torch.uint8).numpy().tobytes()
-            if value.ndim
-            else repr(value.item()).encode()
-        )
+        digest.update(_content(value))
     return digest.hexdigest()
+
+
+def _content(value: Tensor) -> bytes:
+    whole = value.detach().cpu().contiguous()
+    return whole.view(torch.uint8).numpy().tobytes() if value.ndim else repr(value.item()).encode()
 
 
 def structure_sha256(graph: fx.GraphModule) -> str:
     """Fingerprint of what a network computes with its weights: operations, arguments and settings of modules.
 
+    Of modules that tracing left whole their code and plain attributes count as well, and of all modules the buffers
+    that no checkpoint holds.
+
     Args:
         graph: Traced; the same source gives the same fingerprint in every process.
+
+    Limits: functions that are called by name, and what an untraced module keeps in objects of the user's own classes,
+        are not looked into; of PyTorch's own modules only what they print of themselves counts.
     """
     digest = hashlib.sha256()
     for node in graph.graph.nodes:
@@ -43,7 +53,44 @@ def structure_sha256(graph: fx.GraphModule) -> str:
         digest.update(f"{node.name} {node.op} {target} {node.args} {node.kwargs}\n".encode())
     for path, module in graph.named_modules():
         digest.update(f"{path} {type(module).__qualname__} {module.extra_repr()}\n".encode())
+        for said in _unprinted(module):
+            digest.update(f"{said}\n".encode())
+    saved = graph.state_dict().keys()
+    for path, value in graph.named_buffers():
+        if path not in saved:
+            digest.update(f"{path} {_said(value)}\n".encode())
     return digest.hexdigest()
+
+
+def _unprinted(module: nn.Module) -> Iterator[str]:
+    """Code and plain attributes of a module that is not PyTorch's own; containers of a traced network are."""
+    own = [base for base in type(module).__mro__ if base.__module__.partition(".")[0] not in {"torch", "builtins"}]
+    if not own:
+        return
+    for base in own:
+        try:
+            yield inspect.getsource(base)
+        except (OSError, TypeError):  # made in a console, or compiled
+            yield base.__qualname__
+    known = vars(nn.Module()).keys()
+    for name, value in sorted(vars(module).items()):
+        said = None if name in known else _said(value)
+        if said is not None:
+            yield f"{name} = {said}"
+
+
+def _said(value: Any) -> str | None:
+    """A value in words that are the same in every process, or None where there are none for its type."""
+    match value:
+        case None | bool() | int() | float() | complex() | str() | bytes() | torch.dtype() | torch.device():
+            return repr(value)
+        case Tensor():
+            return f"{tuple(value.shape)} {value.dtype} {hashlib.sha256(_content(value)).hexdigest()}"
+        case tuple() | list():
+            return str([_said(entry) for entry in value])
+        case dict():
+            return str(sorted(f"{_said(key)}: {_said(entry)}" for key, entry in value.items()))
+    return str(value.__qualname__) if inspect.isroutine(value) or inspect.isclass(value) else None
 
 
 def accuracy(model: nn.Module, split: Split) -> Accuracy:
