@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from tiny import Depthwise, Plain, Residual, Stages, images, random_norms
 from torch import Tensor, nn
 
@@ -99,6 +103,193 @@ def test_channels_that_reach_what_cannot_be_narrowed_are_refused_with_a_reason()
     found, skips = find_groups(trace(Free(), x).graph, x)
     assert found == ()
     assert [skip.what for skip in skips] == ["width of conv"]
+
+
+class Around(nn.Module):
+    """Two convolutions and a classifier, with something between the convolutions (an operation or a module)."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], channels: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(channels, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 3)
+        self.between = between
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(torch.relu(self.first(x)))
+        return self.fc(torch.relu(self.second(x)).mean((2, 3)))
+
+
+def shuffled(x: Tensor) -> Tensor:
+    count, channels, height, width = x.shape
+    return x.view(count, 2, channels // 2, height, width).transpose(1, 2).reshape(count, channels, height, width)
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
+
+
+@pytest.mark.parametrize(
+    ("between", "channels"),
+    [
+        pytest.param(lambda x: torch.cat([x, -x], 1), 16, id="concatenated with itself"),
+        pytest.param(shuffled, 8, id="shuffled by reshaping"),
+        pytest.param(nn.ChannelShuffle(2), 8, id="shuffled"),
+        pytest.param(nn.PixelShuffle(2), 2, id="pixel shuffle"),
+        pytest.param(nn.PixelUnshuffle(2), 32, id="pixel unshuffle"),
+        pytest.param(space_to_depth, 32, id="space to depth"),
+        pytest.param(lambda x: x.flip(1), 8, id="flipped"),
+        pytest.param(lambda x: x.roll(1, 1), 8, id="rolled"),
+        pytest.param(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), 8, id="swapped halves"),
+        pytest.param(lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)), 8, id="gated by their mean"),
+    ],
+)
+def test_channels_that_change_order_or_mix_before_their_reader_stay(
+    between: Callable[[Tensor], Tensor], channels: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    x = images(2, 1, 8)
+    network = trace(Around(between, channels), x)
+    capfd.readouterr()
+    found, skips = find_groups(network.graph, x)
+    assert [group.producer for group in found] == ["second"]
+    assert [skip.what for skip in skips] == ["width of first"]
+    assert skips[0].reason.startswith("its channels are reordered or mixed before second")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(nn.LayerNorm((8, 8, 8)), id="layer norm"),
+        pytest.param(nn.LayerNorm((8, 8, 8), elementwise_affine=False), id="layer norm without weights"),
+        pytest.param(nn.GroupNorm(4, 8), id="group norm"),
+        pytest.param(nn.GroupNorm(1, 8, affine=False), id="group norm without weights"),
+        pytest.param(nn.LocalResponseNorm(3, alpha=1.0), id="local response norm"),
+        pytest.param(lambda x: F.group_norm(x, 4), id="group norm as a function"),
+        pytest.param(lambda x: F.layer_norm(x, x.shape[1:]), id="layer norm as a function"),
+        pytest.param(lambda x: F.normalize(x, dim=1), id="unit length"),
+    ],
+)
+def test_channels_over_which_a_norm_is_taken_stay(between: Callable[[Tensor], Tensor]) -> None:
+    x = images(2, 1, 8)
+    found, skips = find_groups(trace(Around(between), x).graph, x)
+    assert [group.producer for group in found] == ["second"]
+    assert [skip.what for skip in skips] == ["width of first"]
+    assert skips[0].reason.endswith("its norm is taken over these channels")
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation: every channel is scaled by what all channels say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(nn.InstanceNorm2d(8, affine=True), id="instance norm"),
+        pytest.param(nn.BatchNorm2d(8), id="batch norm"),
+        pytest.param(nn.PReLU(8), id="a slope for each channel"),
+        pytest.param(nn.MaxPool2d(2), id="pooling"),
+        pytest.param(Gate(), id="a gate read from all of them"),
+        pytest.param(lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), id="moved there and back"),
+    ],
+)
+def test_what_treats_each_channel_alone_lets_them_go(between: Callable[[Tensor], Tensor]) -> None:
+    found = groups_of(random_norms(Around(between)), images(2, 1, 8))
+    assert {"first", "second"} <= set(found)
+    assert readers_of(found["first"])["second"] == each(8)
+
+
+def test_a_map_of_one_channel_is_no_group() -> None:
+    class Attended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)))
+
+    x = images(2, 1, 8)
+    found, skips = find_groups(trace(Around(Attended()), x).graph, x)
+    assert [group.producer for group in found] == ["second"]
+    assert {skip.what: skip.reason for skip in skips} == {
+        "width of first": "its channels are reordered or mixed before between.conv",
+        "width of between.conv": "it has one channel",
+    }
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_flattened_map_is_followed_only_channel_by_channel(channels_last: bool) -> None:
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 9, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            return self.fc((x.permute(0, 2, 3, 1) if channels_last else x).flatten(1))
+
+    found = groups_of(Flattened(), images(2, 1, 3))
+    assert {name: readers_of(group) for name, group in found.items()} == (
+        {} if channels_last else {"conv": {"fc": each(4, 9)}}
+    )
+
+
+def test_a_transformer_block_loses_its_hidden_width_though_its_stream_is_normed() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+            self.up, self.down, self.fc = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            x = x + self.down(F.gelu(self.up(self.norm(x))))
+            return self.fc(x.mean(1))
+
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    found, skips = find_groups(trace(Mixing(), x).graph, x)
+    assert [(group.producer, readers_of(group)) for group in found] == [("up", {"down": each(12)})]
+    reason = "its channels reach norm (LayerNorm): its norm is taken over these channels"
+    assert {skip.what: skip.reason for skip in skips} == {"width of embed": reason, "width of down": reason}
+
+
+def test_one_wrong_group_among_many_is_the_only_one_refused() -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(1 if index == 0 else 6, 6, 1) for index in range(6))
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, conv in enumerate(self.convs):
+                x = torch.tanh(conv(x.flip(1) if index == 3 else x))
+            return self.fc(x.mean((2, 3)))
+
+    x = images(2, 1, 4)
+    found, skips = find_groups(trace(Tower(), x).graph, x)
+    assert [group.producer for group in found] == [f"convs.{index}" for index in (0, 1, 3, 4, 5)]
+    assert {skip.what: skip.reason for skip in skips} == {
+        "width of convs.2": "its channels are reordered or mixed before convs.3"
+    }
+
+
+def test_a_network_that_torch_pruning_cannot_follow_has_no_groups_but_a_reason_for_each_layer() -> None:
+    x = images(2, 3, 32)
+    model = torchvision.models.shufflenet_v2_x0_5(num_classes=4)
+    found, skips = find_groups(trace(model, x).graph, x)
+    assert found == ()
+    assert len(skips) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert all(skip.reason.startswith("torch-pruning can't follow the network (ZeroDivisionError") for skip in skips)
 
 
 def test_looking_for_groups_leaves_the_network_alone(capfd: pytest.CaptureFixture[str]) -> None:

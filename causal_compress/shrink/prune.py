@@ -113,8 +113,7 @@ class _Work:
         if candidate.inputs_kept < 1.0 and isinstance(tail, Tail):
             narrowed.append(self._narrow_input(index, part, tail, candidate.inputs_kept, targets))
         for producer, count in candidate.widths.items():
-            group = next(group for group in self.groups if group.producer == producer)
-            narrowed.append(self._narrow_group(part, group, count, tail, targets))
+            narrowed.append(self._narrow_group(part, self._group(producer), count, tail, targets))
         if candidate.representative == candidate.first and candidate.adapter is None:
             self._absorb_drift(part, candidate, tail, entering)
         last = candidate.last == len(self.front.network.regions) - 1
@@ -137,6 +136,17 @@ class _Work:
                     penalty=refit.penalty,
                 )
             )
+
+    def _group(self, producer: str) -> ChannelGroup:
+        found = next((group for group in self.groups if group.producer == producer), None)
+        if found is None:
+            raise SurgeryError(
+                f"the plan takes channels out of {producer}, which can't be narrowed",
+                found="a plan by an earlier version, which did not try out what channels are coupled",
+                wanted="a plan for this network by this version",
+                remedy="give another --out and no --reuse, so that it is planned anew",
+            )
+        return found
 
     def _narrow_input(self, index: int, part: fx.GraphModule, tail: Tail, share: float, targets: list[Tensor]) -> str:
         """Remove channels of the cut point before a part: its own tail reads them, the part before writes them."""
