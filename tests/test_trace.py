@@ -1,30 +1,18 @@
-"""The chain, tails and graph surgery on networks whose answers are known by hand."""
+"""The chain and its tails on networks whose answers are known by hand."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Block, Depthwise, Opaque, Plain, Residual, Stages, images, random_norms
+from tiny import Block, Depthwise, Opaque, Plain, Residual, images, random_norms
 from torch import Tensor, nn
-from torch.nn.utils import prune
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from causal_compress.errors import TraceError
-from causal_compress.understand.graph import (
-    common_name,
-    compose_with_ends,
-    ends,
-    extract,
-    fetch,
-    observer,
-    run_in_chunks,
-)
+from causal_compress.understand.graph import ends, extract, observer
 from causal_compress.understand.tail import Tail, find_tail, undo
 from causal_compress.understand.trace import Network, site_activations, trace
 
@@ -97,92 +85,6 @@ def test_observed_activations_are_not_overwritten() -> None:
     assert torch.equal(given, kept)
 
 
-class Around(nn.Module):
-    """One convolution, then whatever is tested, then a classifier."""
-
-    def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv, self.fc, self.inner = nn.Conv2d(1, 3, 3, padding=1), nn.Linear(3, 2), inner
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.inner(self.conv(x)).mean((2, 3)))
-
-
-def _result_unused(x: Tensor) -> Tensor:
-    x.relu_()
-    return x
-
-
-def _function_unused(x: Tensor) -> Tensor:
-    torch.relu_(x)
-    F.relu(x, True)
-    return x
-
-
-def _alias(x: Tensor) -> Tensor:
-    same = x
-    same.add_(1)
-    return x + same
-
-
-def _number(x: Tensor) -> Tensor:
-    size = x.size(2)
-    larger = size
-    larger += 1
-    return x * size / larger
-
-
-_INPLACE = [
-    lambda x: x.add_(1).mul_(2),
-    lambda x: x.sub_(1).clamp_(min=0),
-    lambda x: F.relu(x, inplace=True),
-    _number,
-    _result_unused,
-    _function_unused,
-    _alias,
-]
-
-
-@pytest.mark.parametrize("inner", _INPLACE)
-def test_in_place_operations_become_pure_and_keep_their_meaning(inner: Callable[[Tensor], Tensor]) -> None:
-    model, x = Around(inner).eval(), images(2, 1, 5)
-    network = trace(model, x)
-    assert_chain_is_the_model(model, x, network)
-    targets = [str(getattr(node.target, "__name__", node.target)) for node in network.graph.graph.nodes]
-    assert not [target for target in targets if target.endswith("_") and not target.endswith("__")]
-
-
-def pruned(layer: nn.Module) -> nn.Module:
-    """A layer with masks over masks, as iterative pruning leaves them."""
-    prune.random_unstructured(layer, "weight", 0.5)
-    prune.l1_unstructured(layer, "weight", 0.5)
-    prune.random_unstructured(layer, "bias", 0.5)
-    return layer
-
-
-_COMPUTED: list[Callable[[nn.Module], nn.Module]] = [
-    weight_norm,
-    spectral_norm,
-    pruned,
-    pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")),
-    nn.utils.spectral_norm,
-]
-
-
-@pytest.mark.parametrize("form", _COMPUTED)
-def test_weights_that_are_computed_on_each_call_become_plain_ones(form: Callable[[nn.Module], nn.Module]) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(form(nn.Conv2d(3, 5, 3)), nn.Flatten(), form(nn.Linear(180, 4))).eval()
-    x = torch.randn(3, 3, 8, 8)
-    network = trace(model, x)
-    torch.testing.assert_close(network.graph(x), model(x))
-    assert [type(layer) for layer in network.graph.children()] == [nn.Conv2d, nn.Flatten, nn.Linear]
-    assert isinstance(network.graph.get_parameter("0.weight"), nn.Parameter)
-    assert sorted(network.graph.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
-    assert "0.weight" not in model.state_dict()  # left alone
-
-
 def test_what_fx_cannot_follow_is_left_whole_and_reported() -> None:
     model, x = Opaque().eval(), images(2, 1, 5)
     network = trace(model, x)
@@ -207,6 +109,63 @@ def test_a_model_that_cannot_be_traced_at_all_is_one_region() -> None:
     assert len(network.regions) == 1
     assert [skip.what for skip in network.untraced] == ["the whole model"]
     assert_chain_is_the_model(model, x, network)
+
+
+class Wanting(nn.Module):
+    """Two layers, and a `forward` that takes more than its input; subclasses write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+class Masked(Wanting):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.logits(x if mask is None else x * mask)
+
+
+class Cooled(Wanting):
+    def forward(self, inputs: Tensor, temperature: float = 2.0) -> Tensor:
+        return self.logits(inputs) / temperature
+
+
+class Flagged(Wanting):
+    def forward(self, x: Tensor, *, features: bool = False) -> Tensor:
+        return self.a(x) if features else self.logits(x)
+
+
+class Lavish(Wanting):
+    def forward(self, *inputs: Tensor, **options: bool) -> Tensor:
+        return -self.logits(inputs[0]) if options.get("negative") or len(inputs) > 1 else self.logits(*inputs)
+
+
+@pytest.mark.parametrize("kind", [Masked, Cooled, Flagged, Lavish])
+def test_what_forward_takes_besides_its_input_keeps_its_default(kind: type[Wanting]) -> None:
+    model, x = kind().eval(), torch.rand(3, 4)
+    network = trace(model, x)
+    assert network.untraced == ()
+    assert [region.info.name for region in network.regions] == ["a", "b"]
+    assert [node.op for node in network.graph.graph.nodes].count("placeholder") == 1
+    assert_chain_is_the_model(model, x, network)
+
+
+def test_a_norm_without_statistics_of_its_own_is_told() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(16, 2)
+    )
+    (note,) = trace(model, images(3, 1, 4)).untraced
+    assert note.what == "1"
+    assert "normalises by the batch" in note.reason
+
+
+def test_a_model_that_takes_no_single_input_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))
+    with pytest.raises(TraceError, match="a single input") as refused:
+        trace(model, torch.rand(3, 4))
+    assert "track_running_stats" in refused.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -353,44 +312,8 @@ def test_a_layer_used_twice_has_no_tail() -> None:
 
     model, x = Twice(), torch.rand(2, 4)
     network = trace(model, x)
-    piece = extract(network.graph, ends(network.graph)[0], ends(network.graph)[1])
+    piece = extract(network.teacher, *ends(network.teacher))
     assert isinstance(find_tail(piece), str)
-
-
-def test_extracted_pieces_put_together_are_the_network() -> None:
-    model, x = random_norms(Stages()), images(2, 1, 8)
-    network = trace(model, x)
-    whole, names = compose_with_ends([region.module for region in network.regions])
-    with torch.no_grad():
-        assert torch.allclose(whole(x), model(x), atol=1e-6)
-    assert len(names) == len(network.regions)
-    assert fetch(whole, "down.weight") is fetch(network.graph, "down.weight")
-    ended = observer(whole, [node for name in names for node in whole.graph.nodes if node.name == name])(x)
-    assert all(torch.equal(a, b) for a, b in zip(ended, site_activations(network, x), strict=True))
-
-
-def test_a_piece_whose_input_can_be_bypassed_is_refused() -> None:
-    network = trace(Residual(blocks=1), images(2, 1, 6))
-    block = network.regions[1].module
-    inner = next(node for node in block.graph.nodes if node.op == "call_module")
-    with pytest.raises(ValueError, match="does not depend on"):
-        extract(block, inner, ends(block)[1])
-
-
-def test_a_piece_may_be_empty() -> None:
-    network = trace(Stages(), images(2, 1, 8))
-    entry = ends(network.graph)[0]
-    x = images(2, 1, 8)
-    assert torch.equal(extract(network.graph, entry, entry)(x), x)
-
-
-def test_names_and_chunks() -> None:
-    assert common_name(["layer1.0.conv1", "layer1.0.conv2"], "?") == "layer1.0"
-    assert common_name(["conv"], "?") == "conv"
-    assert common_name(["a.b", "c.d"], "?") == "a"
-    assert common_name([], "region7") == "region7"
-    x = torch.rand(7, 3)
-    assert torch.equal(run_in_chunks(nn.Identity(), x, 2), x)
 
 
 class Normed(nn.Module):

@@ -22,7 +22,7 @@ from causal_compress.shrink.refit import (
     write_affine,
 )
 from causal_compress.shrink.rows import FewRows
-from causal_compress.understand.graph import fetch, observer
+from causal_compress.understand.graph import fetch, get_module, observer, used_once
 from causal_compress.understand.tail import Tail, find_tail, is_affine, is_folded, undo
 
 HELD_OUT_EVERY = 4
@@ -258,9 +258,9 @@ def tail_too_large(part: fx.GraphModule) -> str | None:
 
 
 def affine_layers(part: fx.GraphModule) -> list[str]:
-    """Paths of the layers of a part that can be refitted and are called once, in graph order."""
-    called = [str(node.target) for node in part.graph.nodes if node.op == "call_module"]
-    return [path for path in dict.fromkeys(called) if called.count(path) == 1 and is_affine(part.get_submodule(path))]
+    """Paths of the layers of a part that can be refitted and whose weights are used once, in graph order."""
+    called = [str(node.target) for node in part.graph.nodes if is_affine(get_module(part, node))]
+    return [layer for layer in dict.fromkeys(called) if used_once(part, layer)]
 
 
 def channel_axis(layer: nn.Module) -> int:

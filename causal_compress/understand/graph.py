@@ -121,13 +121,13 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """All nodes that `node` depends on, without itself."""
+def ancestors(node: fx.Node, until: fx.Node | None = None) -> set[fx.Node]:
+    """All nodes that `node` depends on, without itself; of `until` and what lies behind it only what others read."""
     seen: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
+    stack = [] if node is until else list(node.all_input_nodes)
     while stack:
         current = stack.pop()
-        if current not in seen:
+        if current not in seen and current is not until:
             seen.add(current)
             stack.extend(current.all_input_nodes)
     return seen
@@ -137,20 +137,21 @@ def extract(graph: fx.GraphModule, entry: fx.Node, exit_: fx.Node) -> fx.GraphMo
     """The piece of a graph that computes `exit_` from `entry`, as a module of one input.
 
     Args:
-        graph: Left as it is; the piece shares its modules and parameters.
+        graph: Left as it is; the piece shares its modules and parameters. What depends on no input (a parameter, what
+            is computed from it) is part of every piece that needs it.
         entry: Every path to `exit_` that starts at an input passes through it.
         exit_: The piece's output; may be `entry`.
 
     Raises:
         ValueError: a path to `exit_` goes around `entry`.
     """
-    inside = (ancestors(exit_) | {exit_}) - ancestors(entry) - {entry}
+    inside = ancestors(exit_, until=entry) | ({exit_} - {entry})
     piece = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {entry: piece.placeholder("x")}
     for node in graph.graph.nodes:
-        if node in inside and node is not entry:
-            if node.op == "placeholder" or any(source not in mapping for source in node.all_input_nodes):
-                raise ValueError(f"{node.name} does not depend on {entry.name} alone")
+        if node in inside:
+            if node.op == "placeholder":
+                raise ValueError(f"{exit_.name} does not depend on {entry.name} alone")
             mapping[node] = piece.node_copy(node, lambda source: mapping[source])
     piece.output(mapping[exit_])
     return fx.GraphModule(graph, piece)

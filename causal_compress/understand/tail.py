@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from causal_compress.understand.graph import ancestors, get_module, shape_of
+from causal_compress.understand.graph import ancestors, get_module, shape_of, used_once
 
 _ADDS = (operator.add, torch.add)
 _PASSING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.AlphaDropout)
@@ -101,8 +101,7 @@ def _walk_back(piece: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
         if len(node.users) > 1:  # another reader may be what the skip is made of: a refit would change its own target
             return None
         if is_affine(module):
-            used_once = sum(str(other.target) == str(node.target) for other in piece.graph.nodes) == 1
-            return walked if used_once else None
+            return walked if used_once(piece, str(node.target)) else None
         if isinstance(module, BATCH_NORMS):
             if not is_folded(piece, node) or module.running_mean is None:
                 return None
@@ -125,7 +124,8 @@ def is_folded(piece: fx.GraphModule, node: fx.Node) -> bool:
         piece: A module whose shapes were propagated.
         node: A node of its graph.
     """
-    if not isinstance(get_module(piece, node), BATCH_NORMS):
+    norm = get_module(piece, node)
+    if not isinstance(norm, BATCH_NORMS) or not norm.affine:  # without parameters nothing can be written into it
         return False
     layer = get_module(piece, node.all_input_nodes[0])
     # Behind a linear layer on sequences (samples, positions, features) the norm's channels are the positions.

@@ -7,7 +7,9 @@ after its activation.
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,8 +22,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from causal_compress.errors import TraceError
 from causal_compress.results import Chain, Fold, RegionInfo, Skip
 from causal_compress.understand.cost import count_macs
-from causal_compress.understand.graph import common_name, extract, get_module, make_pure
-from causal_compress.understand.settled import settled_copy
+from causal_compress.understand.graph import common_name, compose_with_ends, extract, get_module, make_pure
+from causal_compress.understand.settled import separated, settled_copy
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,9 @@ class Region:
 class Network:
     """A traced network: the whole graph, and the same as a chain of regions that share its parameters.
 
-    `sites` names the graph's node at the end of each region. Where `folds` made it smaller without changing what it
-    computes, `original` is the graph as it was traced. Inputs as the data prepares them can be given to either; any
-    others (generated ones, other sizes) to `teacher` alone.
+    `sites` names the graph's node at the end of each region. Where the graph is not as it was traced, but computes the
+    same, `original` is: `folds` made it smaller, or layers that shared weights have their own. Inputs as the data
+    prepares them can be given to either; any others (generated ones, other sizes) to `teacher` alone.
     """
 
     graph: fx.GraphModule
@@ -71,6 +73,12 @@ class _LeafTracer(fx.Tracer):
         super().__init__()
         self.leaves = leaves
         self.failed: str | None = None
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One placeholder: all that `forward` takes besides its input keeps its default, as when it is called."""
+        del is_module, concrete_args
+        name = list(inspect.signature(root_fn).parameters)[1]
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
@@ -106,21 +114,22 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
-    return analyse(graph, example_input, untraced)
+    return analyse(graph, example_input, (*untraced, *_batch_bound(graph)))
+
+
+def _batch_bound(graph: fx.GraphModule) -> Iterator[Skip]:
+    """A note on every batch norm that has no statistics of its own."""
+    for path, module in graph.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            reason = (
+                "it normalises by the batch it is given (track_running_stats=False): answers hang on what is beside"
+            )
+            yield Skip(what=path, reason=f"{reason} an input, and no refit is written into it")
 
 
 def check_runs(model: nn.Module, example_input: Tensor) -> None:
-    """Refuse a model that fails on the example or returns something else than finite logits."""
-    try:
-        with torch.no_grad():
-            output = model(example_input)
-    except Exception as error:
-        raise TraceError(
-            "the model can't be run on the data",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
-            wanted=f"a forward pass on inputs of shape {tuple(example_input.shape[1:])}",
-            remedy="check model.args (input channels, image size) and the data section",
-        ) from error
+    """Refuse a model that fails on the example or on one input of it, or returns something else than logits."""
+    output = _run(model, example_input, "check model.args (input channels, image size) and the data section")
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(example_input):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise TraceError(
@@ -129,6 +138,20 @@ def check_runs(model: nn.Module, example_input: Tensor) -> None:
             wanted=f"shape ({len(example_input)}, classes)",
             remedy="wrap the model so that forward(x) returns the logits only",
         )
+    _run(model, example_input[:1], "give batch norms running statistics (track_running_stats=True)")
+
+
+def _run(model: nn.Module, x: Tensor, remedy: str) -> Any:
+    try:
+        with torch.no_grad():
+            return model(x.clone())  # the model may overwrite its input
+    except Exception as error:
+        raise TraceError(
+            f"the model can't be run on {'the data' if len(x) > 1 else 'a single input'}",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}",
+            wanted=f"a forward pass on inputs of shape {tuple(x.shape[1:])}",
+            remedy=remedy,
+        ) from error
 
 
 def _trace_with_leaves(model: nn.Module) -> tuple[fx.GraphModule, tuple[Skip, ...]]:
@@ -158,23 +181,35 @@ def analyse(graph: fx.GraphModule, example_input: Tensor, untraced: tuple[Skip, 
     """Find the chain of a graph that is traced already.
 
     Args:
-        graph: Of one input and one output; shared, not copied.
+        graph: Of one input and one output; shared, not copied, unless some of its weights are used in several places:
+            then a copy that holds them apart is cut, and this graph is the network's `original`.
         example_input: At least two inputs.
         untraced: Carried along into the result.
     """
     with torch.no_grad():
         ShapeProp(graph).propagate(example_input)
-    cuts = _cut_points(graph, len(example_input))
-    boundaries = _coarsen(graph, cuts)
+    boundaries = _coarsen(graph, _cut_points(graph, len(example_input)))
+    pieces = [extract(graph, entry, exit_) for entry, exit_ in pairwise(boundaries)]
+    sites = tuple(node.name for node in boundaries[1:])
+    apart = separated(pieces)
+    if apart is None:
+        return Network(graph, _regions(pieces, example_input), sites, untraced, example_input)
+    pieces, notes = apart
+    whole, sites = compose_with_ends(pieces)
+    with torch.no_grad():
+        ShapeProp(whole.eval()).propagate(example_input)
+    known = tuple(dict.fromkeys((*untraced, *notes)))
+    return Network(whole, _regions(pieces, example_input), sites, known, example_input, original=graph)
+
+
+def _regions(pieces: list[fx.GraphModule], x: Tensor) -> tuple[Region, ...]:
     regions: list[Region] = []
-    activation = example_input
-    for entry, exit_ in pairwise(boundaries):
-        module = extract(graph, entry, exit_)
+    for piece in pieces:
         with torch.no_grad():
-            output = module(activation)
-        regions.append(Region(_describe(len(regions), module, activation, output, regions), module))
-        activation = output
-    return Network(graph, tuple(regions), tuple(node.name for node in boundaries[1:]), untraced, example_input)
+            output = piece(x)
+        regions.append(Region(_describe(len(regions), piece, x, output, regions), piece))
+        x = output
+    return tuple(regions)
 
 
 def _cut_points(graph: fx.GraphModule, batch: int) -> list[fx.Node]:
