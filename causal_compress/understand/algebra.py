@@ -38,7 +38,8 @@ def simplify(network: Network, *, repeated: int = 1, allowed: Callable[[str], bo
     Limits: without its adaptive pooling a network takes inputs of the traced size only, and with one channel read it
         answers to the first alone.
     """
-    folds = [*_repeating_pools(network.graph), *_copied_channels(network.graph, repeated)]
+    # of the graph as it was traced: what has weights of its own in `graph` may share them there
+    folds = [*_repeating_pools(network.teacher), *_copied_channels(network.teacher, repeated)]
     return folded(network, [fold for fold in folds if allowed(fold.layer)])
 
 
@@ -65,8 +66,8 @@ def folded(network: Network, folds: Sequence[Fold]) -> Network:
 
 
 def saved(network: Network) -> tuple[int, int]:
-    """MACs and parameters that folding took off the network as it was traced."""
-    if not network.folds:
+    """MACs and parameters that the teacher has and the graph has not: fewer than none where that holds copies."""
+    if network.original is None:
         return 0, 0
     x, graphs = network.example_input[:1], (network.teacher, network.graph)
     (macs, params), (macs_left, params_left) = ((count_macs(graph, x), count_params(graph)) for graph in graphs)
