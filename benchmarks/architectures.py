@@ -38,8 +38,8 @@ from causal_compress.provenance import machine
 from causal_compress.recipe import Recipe
 from causal_compress.results import Candidates, Exported, Log, Plan, Skip, TeacherScore
 from causal_compress.runs import read_result
+from causal_compress.shrink.batch_norms import reestimate_batch_norms
 from causal_compress.shrink.plan import front, price
-from causal_compress.shrink.prune import reestimate_batch_norms
 from causal_compress.shrink.surgery import replay
 from causal_compress.understand.trace import Network, trace
 

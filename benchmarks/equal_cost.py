@@ -39,10 +39,11 @@ from causal_compress.recover.distill import distill
 from causal_compress.results import Candidates, Effects, Groups, Plan
 from causal_compress.runs import read_result
 from causal_compress.shipped import find_recipe
+from causal_compress.shrink.batch_norms import reestimate_batch_norms
 from causal_compress.shrink.front import fresh_front, output_kl
 from causal_compress.shrink.latency import measure_latency, plan_for_latency
 from causal_compress.shrink.probe import Probe
-from causal_compress.shrink.prune import prune, reestimate_batch_norms
+from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
 from causal_compress.shrink.rivals import plan_and_compare
 from causal_compress.shrink.surgery import boundaries

@@ -132,6 +132,7 @@ class PlanSection(Section):
     width: bool = Field(True, description="remove channels")
     low_rank: bool = Field(True, description="split layers into two thinner ones")
     max_span: Positive = Field(3, description="regions that one representative may stand for")
+    borrow: bool = Field(True, description="a representative may have inner channels of the regions it stands for")
     max_epsilon: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="only spans with CKA >= 1 - this are tried"
     )

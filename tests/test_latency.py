@@ -28,7 +28,7 @@ from causal_compress.understand.cost import count_macs
 from causal_compress.understand.trace import Network, trace
 
 Models = Sequence[tuple[nn.Module, Tensor]]
-SHORT = {"budget": {"macs": None, "latency_ms": {"keep": 0.7}, "max_accuracy_drop": None}, "distill": None}
+SHORT = {"budget": {"macs": None, "latency_ms": {"keep": 0.9}, "max_accuracy_drop": None}, "distill": None}
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def test_the_whole_way_within_a_latency(finished: tuple[Path, Scorecard]) -> Non
     folder, scorecard = finished
     plan = read_result(folder, "plan", Plan)
     assert plan.latency_measured is not None
-    assert plan.latency_measured <= 0.7
+    assert plan.latency_measured <= 0.9
     assert "latency kept on onnxruntime fp32, batch 1, 1 thread(s)" in " ".join(scorecard.reasons)
     stages = [stage["stage"] for stage in json.loads((folder / "run.json").read_text())["stages"]]
     assert stages.index("candidates") < stages.index("latency") < stages.index("plan")

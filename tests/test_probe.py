@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from causal_compress.inputs.data import Features, Split
 from causal_compress.recipe import InterveneSection, PlanSection
+from causal_compress.shrink.batch_norms import reestimate_batch_norms
 from causal_compress.shrink.probe import CHUNK, Probe, draw_probe
-from causal_compress.shrink.prune import reestimate_batch_norms
 
 COLUMNS = 3
 

@@ -63,6 +63,7 @@ from causal_compress.results.explanation import (
 )
 from causal_compress.results.searching import Pareto, SearchPoint
 from causal_compress.results.shrinking import (
+    Adapter,
     Candidate,
     Candidates,
     Change,
@@ -93,6 +94,7 @@ from causal_compress.results.understanding import (
 __all__ = [
     "AblationHarm",
     "Accuracy",
+    "Adapter",
     "Attribution",
     "AttributionDrift",
     "Audit",

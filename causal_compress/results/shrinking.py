@@ -9,6 +9,11 @@ from pydantic.dataclasses import dataclass
 
 from causal_compress.results.common import Accuracy, Skip, config
 
+Adapter = Literal["reshape", "project", "borrow"]
+"""What a representative gets so that it can stand for its node: another number of channels, a layer before it, or the
+inner channels of the node's other regions beside its own.
+"""
+
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Evidence:
@@ -27,13 +32,14 @@ class Candidate:
     replaced by the candidate's output. `inputs_kept` is the share of channels of the cut point before `first` that it
     reads; a part that writes the share s of its outputs costs `macs_fixed + s * macs_out` MACs, parameters alike.
     `widths` names each channel group inside that shrinks: producer -> channels kept; `ranks` each layer that becomes
-    two thinner ones: layer -> rank.
+    two thinner ones: layer -> rank. `keeps_width` says of a representative that borrows channels that it ends with as
+    many as it has of its own, so that nothing about it is narrower than before.
     """
 
     first: int
     last: int
     representative: int
-    adapter: Literal["reshape", "project"] | None
+    adapter: Adapter | None
     inputs_kept: float
     widths: dict[str, int]
     macs_fixed: float
@@ -44,6 +50,7 @@ class Candidate:
     harm_stderr: float
     relative_error: float
     ranks: dict[str, int] = field(default_factory=dict)
+    keeps_width: bool = False
 
     @property
     def narrows_output(self) -> bool:
@@ -140,7 +147,7 @@ class Merge:
     first: int
     last: int
     representative: int
-    adapter: Literal["reshape", "project"] | None
+    adapter: Adapter | None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)

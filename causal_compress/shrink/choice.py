@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx, nn
 
-from causal_compress.results import Candidate
+from causal_compress.results import Adapter, Candidate, Merge
+from causal_compress.shrink.borrow import borrowed_groups, fit_hidden, hidden_of, lent_values
 from causal_compress.shrink.channels import ChannelGroup
 from causal_compress.shrink.costs import layer_costs, part_costs
-from causal_compress.shrink.parts import Adapter
 from causal_compress.shrink.repair import (
     Fitted,
     accumulate,
@@ -25,7 +25,7 @@ from causal_compress.shrink.repair import (
     tail_equations,
     write_solution,
 )
-from causal_compress.shrink.widths import aligned
+from causal_compress.shrink.widths import aligned, level_counts
 from causal_compress.understand.graph import ancestors, ends, fetch, get_module, observer
 from causal_compress.understand.tail import Tail, find_tail
 
@@ -81,6 +81,9 @@ class Choice:
         if adapter == "project":
             self._fit_projection()
         self.groups = sweep.widths.inner.get(representative, [])
+        self.own: dict[str, int] = {}
+        if adapter == "borrow":
+            self._borrow()
         self.cut = sweep.widths.cuts.get(first - 1)
         self.costs = layer_costs(part, sweep.heldout[0][:1])
         self.fitted: dict[str, Known] = {}
@@ -90,6 +93,24 @@ class Choice:
             assert self.tail is not None
             self._fit_tail()
             self.error = self._weighed_error()
+
+    def _borrow(self) -> None:
+        """Give the channels that other regions lend their values, and take them for the representative's own."""
+        assert self.tail is not None
+        hidden = hidden_of(self.part, self.tail)
+        assert hidden is not None
+        known, self.groups = self.groups, borrowed_groups(self.groups, self.part, hidden) or []
+        self.own = {group.producer: group.channels for group in known if group.producer == hidden.site.layer}
+        place = Merge(first=self.first, last=self.last, representative=self.representative, adapter=self.adapter)
+        values = lent_values(self.sweep.network, place)
+        fit_hidden(self.part, self.sweep.fit, [values(x)[0] for x in self.sweep.fit], PENALTIES)
+
+    def levels(self) -> list[dict[str, int]]:
+        """Channel counts of the groups inside that are tried, at each width of the recipe; full width is left out."""
+        counts = level_counts([group.channels for group in self.groups], self.sweep.section)
+        producers = [group.producer for group in self.groups]
+        levels = [dict(zip(producers, level, strict=True)) for level in counts]
+        return [*levels, self.own] if self.own and self.own not in levels else levels
 
     def reads_cut(self) -> bool:
         """Whether the part can do with fewer channels of the cut point before it: its tail alone reads them."""
@@ -116,10 +137,11 @@ class Choice:
         return self.fitted[name]
 
     def _solve(self, sums: Fitted, layer: str, norm: str | None) -> tuple[Tensor, Tensor]:
-        weight, _ = current_affine(self.part, layer, norm)
+        weight, bias = current_affine(self.part, layer, norm)
         if self.first == self.last:
-            return current_affine(self.part, layer, norm)
-        solution = sums.solve(PENALTIES, weight if self.adapter != "reshape" else None)
+            return weight, bias
+        is_tail = self.tail is not None and layer == self.tail.affine
+        solution = sums.solve(PENALTIES, None if self.adapter in ("reshape", "borrow") and is_tail else weight)
         return solution.weight, solution.bias
 
     def _weighed_error(self) -> float:
@@ -191,6 +213,7 @@ class Choice:
             harm_stderr=0.0,
             relative_error=1 - (1 - min(shape.error, 1.0)) * (1 - lost) if ranks else shape.error,
             ranks=ranks or {},
+            keeps_width=bool(self.own) and shape.widths == self.own,
         )
 
     def refit_tail(self, part: fx.GraphModule) -> Fitted:
@@ -238,6 +261,7 @@ class Choice:
         key = ",".join(layer for _, layer, _ in known)
         if key not in self.paths:
             counts = {aligned(channels, share, self.sweep.section) for share in self.sweep.section.widths}
+            counts |= set(self.own.values())
             readers = [(sums.both(), solution[0], columns) for (sums, solution), _, columns in known]
             self.paths[key] = kept_channels(readers, sorted(counts), PATH_PENALTY)
         return self.paths[key]

@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, LatencySection, PlanSection
-from causal_compress.results import Candidate, Candidates, Effects, Factor, Groups, Keep, LatencyTable, Merge, Plan
+from causal_compress.results import Candidate, Candidates, Effects, Factor, Groups, Keep, LatencyTable, Plan
 from causal_compress.shrink.lowrank import split
 from causal_compress.shrink.parts import build_part
 from causal_compress.shrink.plan import make_plan
-from causal_compress.shrink.surgery import assemble, merges_of, narrow
+from causal_compress.shrink.surgery import assemble, merge_of, merges_of, narrow
 from causal_compress.shrink.undo import is_whole
 from causal_compress.understand.graph import fetch, get_module
 from causal_compress.understand.tail import Tail, find_tail
@@ -82,8 +82,7 @@ def measure_latency(network: Network, candidates: Candidates, section: LatencySe
 
 
 def _part(network: Network, row: Candidate) -> tuple[fx.GraphModule, str]:
-    merge = Merge(first=row.first, last=row.last, representative=row.representative, adapter=row.adapter)
-    part = build_part(network, merge)
+    part = build_part(network, merge_of(row))
     assert not isinstance(part, str)  # it was measured
     return part, f"{tuple(network.regions[row.first].info.input_shape)} {_structure(part)}"
 

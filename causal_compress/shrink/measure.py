@@ -18,11 +18,11 @@ from torch import Tensor, fx
 
 from causal_compress.progress import progress
 from causal_compress.recipe import PlanSection
-from causal_compress.results import Candidate, Candidates, CutGroup, Effects, Skip
-from causal_compress.shrink.channels import ChannelGroup
+from causal_compress.results import Candidate, Candidates, CutGroup, Effects, Merge, Skip
+from causal_compress.shrink.borrow import borrowed_groups, hidden_of
 from causal_compress.shrink.choice import Choice
 from causal_compress.shrink.costs import layer_costs, part_costs
-from causal_compress.shrink.parts import fitting_adapter
+from causal_compress.shrink.parts import build_part, fitting_adapter
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.ranks import spectra, thinned, with_ranks
 from causal_compress.shrink.repair import tail_too_large
@@ -30,6 +30,7 @@ from causal_compress.shrink.targets import before_and_after
 from causal_compress.shrink.widths import Widths, find_widths, level_counts
 from causal_compress.understand.algebra import saved
 from causal_compress.understand.network import may_be_merged
+from causal_compress.understand.tail import find_tail
 from causal_compress.understand.trace import Network
 
 _MOST_RANKS = 12
@@ -86,10 +87,6 @@ def _spans(network: Network, effects: Effects, section: PlanSection, first: int)
             yield last
 
 
-def _by_producer(groups: Sequence[ChannelGroup], counts: Sequence[int]) -> dict[str, int]:
-    return {group.producer: count for group, count in zip(groups, counts, strict=True)}
-
-
 def _is_better(one: Candidate, other: Candidate) -> bool:
     """Whether a candidate is as cheap as another and loses less, or as good and cheaper."""
     costs = [(row.macs_fixed + row.macs_out, row.relative_error) for row in (one, other)]
@@ -143,7 +140,24 @@ class Sweep:
         if not choices:
             return Skip(what=f"merging {self._name(first)}..{self._name(last)}", reason=reasons[-1])
         best = min(choices, key=lambda choice: choice.error)
-        return [best.measured({}, 1.0), *self._widths(best)]
+        lent = self._borrowing(choices)
+        rows = [best.measured({}, 1.0), *self._widths(best if lent is None else lent)]
+        return rows if lent is None else [*rows, lent.measured({}, 1.0)]
+
+    def _borrowing(self, choices: Sequence[Choice]) -> Choice | None:
+        """The first region that fits as it is, with the inner channels of the others, where it can have them."""
+        own = next((choice for choice in choices if choice.adapter is None), None)
+        if own is None or not self.section.borrow:
+            return None
+        merge = Merge(first=own.first, last=own.last, representative=own.representative, adapter="borrow")
+        part = build_part(self.network, merge)
+        if isinstance(part, str):
+            return None
+        tail = find_tail(part)
+        hidden = None if isinstance(tail, str) else hidden_of(part, tail)
+        if hidden is None or borrowed_groups(self.widths.inner.get(own.representative, []), part, hidden) is None:
+            return None
+        return Choice(self, own.first, own.last, own.representative, "borrow", part)
 
     def _name(self, index: int) -> str:
         return self.network.regions[index].info.name
@@ -164,6 +178,7 @@ class Sweep:
                 harm_stderr=0.0,
                 relative_error=0.0,
                 ranks={},
+                keeps_width=True,
             )
         ]
 
@@ -173,10 +188,7 @@ class Sweep:
         return set() if group is None else {*group.writers, *group.passing}
 
     def _widths(self, choice: Choice) -> list[Candidate]:
-        found: list[Candidate] = []
-        inner = self.widths.inner.get(choice.representative, [])
-        for counts in level_counts([group.channels for group in inner], self.section):
-            found.append(choice.measured(_by_producer(inner, counts), 1.0))
+        found = [choice.measured(widths, 1.0) for widths in choice.levels()]
         cut = self.widths.cuts.get(choice.first - 1)
         if cut is not None and choice.reads_cut():
             for (count,) in level_counts([cut.channels], self.section):
@@ -187,8 +199,7 @@ class Sweep:
         """Low ranks at full and at smaller widths: those measured for which no cheaper form loses less variance."""
         if not self.section.low_rank:
             return []
-        inner = self.widths.inner.get(choice.representative, [])
-        levels = [{}, *(_by_producer(inner, c) for c in level_counts([g.channels for g in inner], self.section))]
+        levels = [{}, *choice.levels()]
         found: list[tuple[int, Candidate]] = []
         for level, widths in enumerate(levels):
             shape = choice.shaped(widths, 1.0)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from causal_compress.results import Merge
+from causal_compress.results import Adapter, Merge
+from causal_compress.shrink.borrow import borrowed, borrowers
 from causal_compress.understand.graph import compose, ends, extract, fetch
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import HEAVY, Network
-
-Adapter = Literal["reshape", "project"]
 
 
 def build_part(network: Network, merge: Merge) -> fx.GraphModule | str:
@@ -42,6 +41,8 @@ def build_part(network: Network, merge: Merge) -> fx.GraphModule | str:
         case "project":
             adapter = _projection(network, merge)
             return adapter if isinstance(adapter, str) else _checked(network, merge, compose([adapter, joined]))
+        case "borrow":
+            return _borrowing(network, merge, joined)
     return _checked(network, merge, joined)
 
 
@@ -71,6 +72,15 @@ def _checked(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphMo
 def _misfit(network: Network, merge: Merge) -> str:
     reads, given = (network.regions[index].info for index in (merge.representative, merge.first))
     return f"shapes don't fit: {reads.name} reads {reads.input_shape}, the node is given {given.input_shape}"
+
+
+def _borrowing(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphModule | str:
+    """A part with the inner channels of all regions of its node."""
+    lenders = borrowers(network, merge)
+    if isinstance(lenders, str):
+        return lenders
+    found = _checked(network, merge, part)
+    return found if isinstance(found, str) else borrowed(found, lenders, network.regions[merge.representative])
 
 
 def _reshaped(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphModule | str:

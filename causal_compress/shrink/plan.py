@@ -169,7 +169,8 @@ def allowed(
         position
         for position, row in enumerate(candidates.rows)
         if (section.depth or row.first == row.last)
-        and (section.width or (not row.widths and row.inputs_kept == 1.0))
+        and (section.width or row.keeps_width or (not row.widths and row.inputs_kept == 1.0))
+        and (section.borrow or row.adapter != "borrow")
         and (section.low_rank or not row.ranks)
         and leaves_whole(row, whole)
     ]
@@ -299,7 +300,7 @@ def _decisions(
         span = regions[candidate.first : candidate.last + 1]
         out = path[position + 1].inputs_kept if position + 1 < len(path) else 1.0
         merged = candidate.first != candidate.last
-        narrow = bool(candidate.widths) or candidate.inputs_kept < 1.0
+        narrow = (bool(candidate.widths) and not candidate.keeps_width) or candidate.inputs_kept < 1.0
         decisions.append(
             Decision(
                 node=span[0].name if not merged else f"{span[0].name}..{span[-1].name}",
@@ -355,6 +356,7 @@ def _refused(chosen: Candidate, rows: Iterable[Candidate], regions: Sequence[obj
 def _label(candidate: Candidate, regions: Sequence[object]) -> str:
     names = [str(getattr(regions[i], "name", i)) for i in (candidate.first, candidate.last, candidate.representative)]
     what = f"{names[2]} for {names[0]}..{names[1]}" if candidate.first != candidate.last else names[0]
+    what += ", borrowing channels," if candidate.adapter == "borrow" else ""
     widths = ", ".join(f"{count} channels of {producer}" for producer, count in candidate.widths.items())
     inputs = f"{candidate.inputs_kept:.0%} of its input channels" if candidate.inputs_kept < 1 else ""
     ranks = ", ".join(f"rank {rank} of {layer}" for layer, rank in candidate.ranks.items())

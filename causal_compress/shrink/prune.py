@@ -15,6 +15,8 @@ from causal_compress.errors import SurgeryError
 from causal_compress.progress import progress
 from causal_compress.recipe import PruneSection
 from causal_compress.results import Candidate, Change, Decision, Factor, Keep, Plan, Skip
+from causal_compress.shrink.batch_norms import reestimate_batch_norms
+from causal_compress.shrink.borrow import hidden_of, lent_values
 from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_groups, remove_channels
 from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
@@ -36,9 +38,9 @@ from causal_compress.shrink.repair import (
     too_large,
     write_solution,
 )
-from causal_compress.shrink.surgery import Student, copied
+from causal_compress.shrink.surgery import Student, copied, merge_of
 from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import BATCH_NORMS, Tail, find_tail, rectifier_ceiling
+from causal_compress.understand.tail import Tail, find_tail, rectifier_ceiling
 
 Watch = Callable[[Tensor], Sequence[Tensor]]
 RECTIFIED_ROUNDS = 2
@@ -114,8 +116,7 @@ class _Work:
             narrowed.append(self._narrow_input(index, part, tail, candidate.inputs_kept, targets))
         for producer, count in candidate.widths.items():
             narrowed.append(self._narrow_group(part, self._group(producer), count, tail, targets))
-        if candidate.representative == candidate.first and candidate.adapter is None:
-            self._absorb_drift(part, candidate, tail, entering)
+        self._absorb_drift(part, candidate, tail, entering)
         last = candidate.last == len(self.front.network.regions) - 1
         refit = self._refit_tail(part, tail, targets, last=last)
         if isinstance(tail, Tail) and tail.affine in candidate.ranks:
@@ -191,16 +192,28 @@ class _Work:
         self, part: fx.GraphModule, candidate: Candidate, tail: Tail | str, entering: list[Tensor]
     ) -> None:
         """Refit inner layers so that, on the student's inputs, they put out what the teacher's do on its own."""
-        original = self.front.network.regions[candidate.first].module
         last = None if isinstance(tail, str) else tail.affine
+        hidden = hidden_of(part, tail) if candidate.adapter == "borrow" and isinstance(tail, Tail) else None
         for layer in affine_layers(part):
             if layer == last or too_large(fetch(part, layer)) is not None:
                 continue
-            teacher = observer(original, [find_site(original, layer).output])
+            borrows = hidden is not None and layer == hidden.site.layer
+            teacher = self._in_teacher(candidate, layer, borrows=borrows)
+            if teacher is None:
+                continue
             sums = self._settle_drift(part, layer, teacher, entering)
             if layer in candidate.ranks:
                 second = self._factorize(part, (layer, find_site(part, layer).norm), sums, candidate.ranks)
                 self._settle_drift(part, second, teacher, entering)
+
+    def _in_teacher(self, candidate: Candidate, layer: str, *, borrows: bool) -> Watch | None:
+        """What an inner layer puts out in the teacher, for what enters the node; None where it never sees that."""
+        if borrows:
+            return lent_values(self.front.network, merge_of(candidate))
+        if candidate.representative != candidate.first or candidate.adapter not in (None, "borrow"):
+            return None
+        original = self.front.network.regions[candidate.first].module
+        return observer(original, [find_site(original, layer).output])
 
     def _settle_drift(self, part: fx.GraphModule, layer: str, teacher: Watch, entering: list[Tensor]) -> Fitted:
         """Refit one layer; returns sums over its inputs."""
@@ -361,40 +374,3 @@ def _norm_change(rise: float) -> Change:
         relative_error=None,
         penalty=None,
     )
-
-
-def reestimate_batch_norms(graph: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Set running statistics to the average over chunks of inputs, every input with the same weight (in place).
-
-    Args:
-        graph: In evaluation mode afterwards.
-        inputs: Chunks of two inputs or more.
-
-    Returns:
-        Whether there was any batch norm.
-    """
-    norms = [
-        module for module in graph.modules() if isinstance(module, BATCH_NORMS) and module.running_mean is not None
-    ]
-    momenta = [norm.momentum for norm in norms]
-    rows = dict.fromkeys(norms, 0)
-
-    def weigh(norm: nn.BatchNorm2d, given: tuple[Tensor]) -> None:
-        rows[norm] += len(given[0])
-        norm.momentum = len(given[0]) / rows[norm]
-
-    hooks = [norm.register_forward_pre_hook(weigh) for norm in norms]
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-        with torch.no_grad():
-            for x in inputs if norms else ():
-                graph(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-    return bool(norms)

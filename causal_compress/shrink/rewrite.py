@@ -10,10 +10,11 @@ from torch import fx
 from causal_compress.progress import progress
 from causal_compress.recipe import RewriteSection
 from causal_compress.results import Change, Decision, Plan, Skip
+from causal_compress.shrink.borrow import fit_hidden, lent_values
 from causal_compress.shrink.choice import project
 from causal_compress.shrink.front import Front
 from causal_compress.shrink.repair import current_affine, tail_equations, too_large, write_solution
-from causal_compress.shrink.surgery import Student, assemble, merges_of
+from causal_compress.shrink.surgery import Student, assemble, merge_of, merges_of
 from causal_compress.understand.algebra import told
 from causal_compress.understand.graph import fetch
 from causal_compress.understand.tail import Tail, find_tail
@@ -46,9 +47,13 @@ def rewrite(
         targets = front.look_ahead(decision.candidate.last)
         found = None
         if decision.candidate.first != decision.candidate.last:
-            if decision.candidate.adapter == "project":
-                _project(network, decision, part, front, entering, start)
-            found = _refit(part, front, targets, section)
+            match decision.candidate.adapter:
+                case "project":
+                    _project(network, decision, part, front, entering, start)
+                case "borrow":
+                    values = lent_values(network, merge_of(decision.candidate))
+                    fit_hidden(part, front.student, [values(x)[0] for x in entering], section.penalties)
+            found = _refit(part, front, targets, section, fresh=decision.candidate.adapter == "borrow")
         rise = front.advance(part)
         if isinstance(found, Skip):
             skips.append(found)
@@ -73,7 +78,7 @@ def _project(
 
 
 def _refit(
-    part: fx.GraphModule, front: Front, targets: list[torch.Tensor], section: RewriteSection
+    part: fx.GraphModule, front: Front, targets: list[torch.Tensor], section: RewriteSection, *, fresh: bool
 ) -> tuple[list[str], float, float] | Skip:
     tail = find_tail(part)
     assert isinstance(tail, Tail)
@@ -84,16 +89,17 @@ def _refit(
         return Skip(what=f"refit of {tail.affine}", reason=reason)
     added = [tail.affine] if tail.norm is None and layer.bias is None else []
     sums = tail_equations(part, tail, front.student, targets)
-    solution = sums.solve(section.penalties, weight)
+    solution = sums.solve(section.penalties, None if fresh else weight)
     write_solution(part, tail.affine, tail.norm, (solution.weight, solution.bias), sums.both())
     return added, solution.penalty, solution.relative_error
 
 
 def _change(decision: Decision, network: Network, rise: float, penalty: float, error: float) -> Change:
     kept = network.regions[decision.candidate.representative].info.name
+    lent = " with the inner channels of all" if decision.candidate.adapter == "borrow" else ""
     return Change(
         node=decision.node,
-        what=f"{kept} stands for {decision.candidate.last - decision.candidate.first + 1} regions, refitted",
+        what=f"{kept}{lent} stands for {decision.candidate.last - decision.candidate.first + 1} regions, refitted",
         evidence=decision.evidence,
         predicted_harm_kl=decision.predicted_harm_kl,
         measured_harm_kl=rise,

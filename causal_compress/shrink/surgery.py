@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from causal_compress.errors import TraceError
-from causal_compress.results import Keep, Merge, Plan, Surgery
+from causal_compress.results import Candidate, Keep, Merge, Plan, Surgery
 from causal_compress.shrink.channels import dependencies_of, remove_channels
 from causal_compress.shrink.lowrank import split
 from causal_compress.shrink.parts import build_part
@@ -37,9 +37,16 @@ class Student:
 
 def merges_of(plan: Plan) -> tuple[Merge, ...]:
     """The plan's spans as replayable steps, in chain order; regions that stay are spans of one."""
-    return tuple(
-        Merge(first=c.first, last=c.last, representative=c.representative, adapter=c.adapter)
-        for c in (decision.candidate for decision in plan.decisions)
+    return tuple(merge_of(decision.candidate) for decision in plan.decisions)
+
+
+def merge_of(candidate: Candidate) -> Merge:
+    """A candidate's span as a replayable step."""
+    return Merge(
+        first=candidate.first,
+        last=candidate.last,
+        representative=candidate.representative,
+        adapter=candidate.adapter,
     )
 
 

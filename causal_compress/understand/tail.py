@@ -139,6 +139,39 @@ def _is_activation(piece: fx.GraphModule, node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and name in _ACTIVATION_NAMES
 
 
+def activations_before(piece: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, tuple[str, ...]]:
+    """Walk back through activations that treat every channel alike: the node before them, and what they are.
+
+    Args:
+        piece: A region's module.
+        node: A value in it.
+
+    Returns:
+        The node, and the activations from the last to the first in words that are equal for equal ones.
+    """
+    found: list[str] = []
+    while len(node.users) == 1 and (
+        _is_passing(piece, node) or (_is_activation(piece, node) and not _learns(piece, node))
+    ):
+        if not _is_passing(piece, node):
+            found.append(_told(piece, node))
+        node = node.all_input_nodes[0]
+    return node, tuple(found)
+
+
+def _learns(piece: fx.GraphModule, node: fx.Node) -> bool:
+    module = get_module(piece, node)
+    return module is not None and any(True for _ in module.parameters())
+
+
+def _told(piece: fx.GraphModule, node: fx.Node) -> str:
+    module = get_module(piece, node)
+    if module is not None:
+        return repr(module)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return f"{name} {node.args[1:]} {sorted(node.kwargs.items())}"
+
+
 def rectifier_ceiling(piece: fx.GraphModule, node: fx.Node) -> float | None:
     """Where the rectifier that alone reads a node ends (infinity for ReLU, 6 for ReLU6), or None without one.
 
