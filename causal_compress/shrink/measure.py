@@ -128,6 +128,9 @@ class Sweep:
             choice = Choice(self, first, last, first, None, part)
             narrowed = self._widths(choice)
             return self._kept_whole(first) + narrowed + self._ranks(choice, narrowed)
+        lent = self._borrowing(first, last)
+        if lent is not None:
+            return [*self._widths(lent), lent.measured({}, 1.0)]
         choices, reasons = [], []
         for representative in range(first, last + 1):
             found = fitting_adapter(self.network, first, last, representative)
@@ -140,24 +143,19 @@ class Sweep:
         if not choices:
             return Skip(what=f"merging {self._name(first)}..{self._name(last)}", reason=reasons[-1])
         best = min(choices, key=lambda choice: choice.error)
-        lent = self._borrowing(choices)
-        rows = [best.measured({}, 1.0), *self._widths(best if lent is None else lent)]
-        return rows if lent is None else [*rows, lent.measured({}, 1.0)]
+        return [best.measured({}, 1.0), *self._widths(best)]
 
-    def _borrowing(self, choices: Sequence[Choice]) -> Choice | None:
-        """The first region that fits as it is, with the inner channels of the others, where it can have them."""
-        own = next((choice for choice in choices if choice.adapter is None), None)
-        if own is None or not self.section.borrow:
-            return None
-        merge = Merge(first=own.first, last=own.last, representative=own.representative, adapter="borrow")
-        part = build_part(self.network, merge)
-        if isinstance(part, str):
-            return None
-        tail = find_tail(part)
-        hidden = None if isinstance(tail, str) else hidden_of(part, tail)
-        if hidden is None or borrowed_groups(self.widths.inner.get(own.representative, []), part, hidden) is None:
-            return None
-        return Choice(self, own.first, own.last, own.representative, "borrow", part)
+    def _borrowing(self, first: int, last: int) -> Choice | None:
+        """The first region that fits as it is, with the inner channels of the others; None where none can have them."""
+        for own in range(first, last + 1) if self.section.borrow else ():
+            part = build_part(self.network, Merge(first=first, last=last, representative=own, adapter="borrow"))
+            tail = find_tail(part) if not isinstance(part, str) else part
+            if isinstance(part, str) or isinstance(tail, str):
+                continue
+            hidden, groups = hidden_of(part, tail), self.widths.inner.get(own, [])
+            if hidden is not None and borrowed_groups(groups, part, hidden) is not None:
+                return Choice(self, first, last, own, "borrow", part)
+        return None
 
     def _name(self, index: int) -> str:
         return self.network.regions[index].info.name
