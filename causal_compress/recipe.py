@@ -200,6 +200,7 @@ class DistillSection(Section):
     intervened_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of each batch that is intervened"
     )
+    intervened_fractions: list[Share] = Field([0.25], min_length=1, description="shares of features masked, in turn")
     norms: bool = Field(False, description="batch norms where there are none while it trains; folded afterwards")
     views: Positive | None = Field(None, description="augmented views of each input, taught once; null: ever new ones")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(

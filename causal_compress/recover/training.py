@@ -223,25 +223,32 @@ def _batches(course: Course, index: int) -> Iterator[_Batch]:
         batches = progress(batches, label=label, total=course.steps_per_epoch)
     for number, (x, labels) in enumerate(batches):
         rows = int(course.section.intervened_share * len(x))
-        seen = _intervene_on(x, rows, course.data, generator)
+        seen = _intervene_on(x, rows, course, generator)
         key = None if course.section.views is None else (view, number)
         yield _own_rows(course, _Batch(seen, labels, torch.arange(len(x)) >= rows, key))
 
 
-def _intervene_on(x: Tensor, rows: int, data: Data, generator: torch.Generator) -> Tensor:
-    """The batch with its first rows intervened, as the analysis does by default; which inputs these are is chance."""
+def _intervene_on(x: Tensor, rows: int, course: Course, generator: torch.Generator) -> Tensor:
+    """The batch with its first rows intervened; which inputs these are is chance.
+
+    Baselines and patches are those of the analysis by default; each share of features is masked in as many rows.
+    """
     if rows == 0:
         return x
-    usual = InterveneSection()
-    masked = intervened(
-        x[:rows],
-        data.features,
-        grid=usual.grid,
-        fraction=usual.fraction,
-        baselines=tuple(usual.baselines),
-        generator=generator,
-    )
-    return torch.cat([masked, x[rows:]])
+    usual, data, fractions = InterveneSection(), course.data, course.section.intervened_fractions
+    masked = [
+        intervened(
+            part,
+            data.features,
+            grid=usual.grid,
+            fraction=fraction,
+            baselines=tuple(usual.baselines),
+            generator=generator,
+        )
+        for part, fraction in zip(x[:rows].tensor_split(len(fractions)), fractions, strict=True)
+        if len(part)
+    ]
+    return torch.cat([*masked, x[rows:]])
 
 
 def _own_rows(course: Course, batch: _Batch) -> _Batch:
