@@ -61,6 +61,13 @@ def without_interventions(case: Case) -> tuple[nn.Module, Pairs]:
     return ours(replace(case, probe=probe, candidates=candidates))
 
 
+def without_borrowing(case: Case) -> tuple[nn.Module, Pairs]:
+    """Merged regions keep the channels of one of them; their candidates are measured anew."""
+    section = case.recipe.plan.model_copy(update={"borrow": False})
+    candidates = measure(case.network, case.probe, case.effects, section)
+    return ours(replace(case, candidates=candidates, recipe=case.recipe.model_copy(update={"plan": section})))
+
+
 @contextmanager
 def random_channels(case: Case) -> Iterator[None]:
     """Which channels stay is drawn, how many is planned; everything is repaired as ever."""
@@ -107,6 +114,13 @@ def _bias(rows: Any, weight: Tensor) -> Tensor:
 
 
 @contextmanager
+def no_drift(case: Case) -> Iterator[None]:
+    """Inner layers keep their weights: only what reads fewer channels is refitted, and each region's last layer."""
+    with patch("causal_compress.shrink.prune._Work._absorb_drift", lambda *_: None):
+        yield
+
+
+@contextmanager
 def no_rectified(case: Case) -> Iterator[None]:
     """Refits don't look behind rectifiers."""
     with patch("causal_compress.shrink.prune.RECTIFIED_ROUNDS", 0):
@@ -127,6 +141,7 @@ METHODS: dict[str, Method] = {
     "ours": ours,
     "no trial of a plan without merges": without_rivals,
     "no low rank": lambda case: with_settings(case, "plan", low_rank=False),
+    "no borrowing": without_borrowing,
     "no merges": lambda case: with_settings(case, "plan", depth=False),
     "no narrowing": lambda case: with_settings(case, "plan", width=False),
     "width alone": lambda case: with_settings(case, "plan", low_rank=False, depth=False),
@@ -137,6 +152,7 @@ METHODS: dict[str, Method] = {
     "channels by L1": within(largest_channels),
     "random channels": within(random_channels),
     "no refit": within(no_refit),
+    "no refit of inner layers": within(no_drift),
     "no rectified refit": within(no_rectified),
     "no refit of the classifier": lambda case: with_settings(case, "prune", head_refit="never"),
 }

@@ -115,11 +115,12 @@ def open_case(given: argparse.Namespace, seed: int) -> Case:
         f"data.source=npz:{given.data}",
         f"budget.macs={given.macs}",
         f"seed={seed}",
+        *given.settings,
     ]
     recipe = load_recipe(find_recipe("cifar-resnet"), settings)
     folder = given.work / f"analysis-{given.arch}-{seed}"
     # The analysis does not depend on the budget; one for half the MACs serves all.
-    analyze(recipe.model_copy(update={"budget": BudgetSection(macs=0.5)}), folder)
+    analyze(recipe.model_copy(update={"budget": BudgetSection(macs=0.5)}), folder, reuse=given.analysis)
     data = load_data(recipe.data, seed=seed)
     known = (read_result(folder, "intervene", Effects), read_result(folder, "group", Groups))
     candidates = read_result(folder, "candidates", Candidates)
@@ -295,6 +296,8 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
+    parser.add_argument("--set", dest="settings", nargs="*", default=[], help="further recipe keys")
+    parser.add_argument("--analysis", type=Path, help="a run folder whose analysis is taken over where it is the same")
     parser.add_argument("--kept", action="store_true", help="only the rows that are in --work already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{script}.json")
     given = parser.parse_args()

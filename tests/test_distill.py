@@ -115,6 +115,22 @@ def test_share_of_each_batch_is_intervened_and_has_no_label(
         assert torch.equal(untouched, batch.counted)
 
 
+def test_interventions_come_in_every_size_that_is_asked_for(
+    student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float]] = []
+    intervened = training.intervened
+
+    def remember(x: Tensor, features: Any, *, fraction: float, **how: Any) -> Tensor:
+        seen.append((len(x), fraction))
+        return intervened(x, features, fraction=fraction, **how)
+
+    monkeypatch.setattr(training, "intervened", remember)
+    sizes = section(epochs=1, intervened_share=0.5, intervened_fractions=[0.1, 0.5, 1.0])
+    run(student, teacher, sizes, data=data(teacher))
+    assert seen == [(6, 0.1), (5, 0.5), (5, 1.0)] * 4
+
+
 def test_every_epoch_and_seed_has_its_own_batches(
     student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
