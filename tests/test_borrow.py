@@ -74,6 +74,20 @@ class Down(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Halving(Down):
+    """A block of full size before the one that halves the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.add_one = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(5, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.add_one(torch.relu(self.one(x))))
+        x = torch.relu(self.short(x) + self.add_halve(torch.relu(self.halve(x))))
+        return self.fc(x.mean((2, 3)))
+
+
 def traced(model: nn.Module, channels: int = 1) -> Network:
     return trace(random_norms(model), images(2, channels, 6).abs())
 
@@ -100,14 +114,14 @@ def front(network: Network, channels: int = 3) -> Front:
     return open_front(network, known.fit, known.heldout, 4.0)
 
 
-def choice(network: Network, adapter: str | None, channels: int = 3) -> Choice:
+def choice(network: Network, adapter: str | None, channels: int = 3, representative: int = 1) -> Choice:
     section = PlanSection(min_channels=1, widths=[0.5])
     sweep = Sweep(network, probe(channels), find_widths(network, section), section)
     sweep.advance()
-    merge = Merge(first=1, last=2, representative=1, adapter=adapter)  # type: ignore[arg-type]
+    merge = Merge(first=1, last=2, representative=representative, adapter=adapter)  # type: ignore[arg-type]
     part = build_part(network, merge)
     assert not isinstance(part, str)
-    return Choice(sweep, 1, 2, 1, merge.adapter, part)
+    return Choice(sweep, 1, 2, representative, merge.adapter, part)
 
 
 def test_borrowed_channels_change_nothing_before_they_are_fitted() -> None:
@@ -177,6 +191,22 @@ def test_a_block_that_halves_the_image_borrows_from_the_next() -> None:
     assert lent.relative_error < plain.relative_error
 
 
+def test_a_block_that_halves_the_image_borrows_every_second_position_of_the_one_before() -> None:
+    torch.manual_seed(0)
+    network = trace(random_norms(Halving()), images(2, 1, 6))
+    merge = Merge(first=1, last=2, representative=2, adapter="borrow")
+    part = build_part(network, merge)
+    assert not isinstance(part, str)
+    assert len(fetch(part, "halve").weight) == 5 + 8
+    entering, between = site_activations(network, images(4, 1, 6, 3))[:2]
+    with torch.no_grad():
+        one, halve = (fetch(network.regions[index].module, name) for index, name in ((1, "one"), (2, "halve")))
+        wanted = torch.cat([one(entering)[:, :, ::2, ::2], halve(between)], 1)
+    assert torch.allclose(lent_values(network, merge)(entering)[0], wanted, atol=1e-6)
+    lent, plain = (choice(network, adapter, 1, representative=2) for adapter in ("borrow", None))
+    assert lent.error < plain.error
+
+
 @pytest.mark.parametrize(
     ("model", "channels", "span", "reason"),
     [
@@ -219,9 +249,15 @@ def test_as_many_channels_as_before_are_no_narrowing() -> None:
     section = PlanSection(width=False)
     rows = allowed(known, price(known), section)[0].rows
     lent = [row.widths for row in rows if row.adapter == "borrow" and (row.first, row.last) == (1, 2)]
-    assert lent == [{"one": 4}, {}]
+    assert lent == [{"one": 4}]
     without = allowed(known, price(known), section.model_copy(update={"borrow": False}))[0].rows
     assert {row.adapter for row in without} == {None}
+
+
+def test_no_more_channels_are_borrowed_than_would_be_worth_it() -> None:
+    rows = measured(apart(), 3, widths=[0.9, 0.75, 0.5, 0.25]).rows
+    mine = [row.widths["one"] for row in rows if row.adapter == "borrow" and (row.first, row.last) == (1, 2)]
+    assert mine == [6, 4, 2]
 
 
 def test_where_borrowing_is_switched_off_merges_are_narrowed_alone() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from causal_compress.results import Merge
 from causal_compress.shrink.channels import ChannelGroup, Reader
 from causal_compress.shrink.repair import (
-    MOST_FEATURES,
+    EXACT_FEATURES,
     Fitted,
     Rectified,
     Site,
@@ -70,7 +70,7 @@ def borrowers(network: Network, merge: Merge) -> list[tuple[Region, Hidden]] | s
     own = found[merge.representative]
     if own is None:
         return "its last layer does not read another one's channels through activations alone"
-    alike = [(network.regions[index], other) for index, other in found.items() if other and _alike(network, own, other)]
+    alike = [(network.regions[index], other) for index, other in found.items() if other and _alike(own, other)]
     return alike if len(alike) > 1 else "no other region has inner channels of the same kind"
 
 
@@ -79,15 +79,23 @@ def _hidden(piece: fx.GraphModule) -> Hidden | None:
     return None if isinstance(tail, str) else hidden_of(piece, tail)
 
 
-def _alike(network: Network, own: Hidden, other: Hidden) -> bool:
-    """Whether channels of two hidden layers lie on the same positions, and become the same afterwards."""
-    shapes = [_positions(hidden.site) for hidden in (own, other)]
-    return own.activations == other.activations and shapes[0] == shapes[1]
+def _alike(own: Hidden, other: Hidden) -> bool:
+    """Whether channels of two hidden layers lie on the same positions, or some of them do, and become the same after."""
+    return own.activations == other.activations and _steps(own.site, other.site) is not None
 
 
-def _positions(site: Site) -> tuple[int, ...]:
-    shape = shape_of(site.output)
-    return shape[2:] if len(shape) == 4 else (-1, *shape[1:-1])
+def _steps(own: Site, other: Site) -> tuple[int, int] | None:
+    """Every how many rows and columns of another hidden layer lie where this one's do; (1, 1) where all do.
+
+    A block that halves the image can have channels of one before it: of those it needs every second position.
+    """
+    here, there = shape_of(own.output), shape_of(other.output)
+    if len(here) != 4 or len(there) != 4:
+        return (1, 1) if here[1:-1] == there[1:-1] and len(here) == len(there) else None
+    (rows, columns), (more_rows, more_columns) = here[2:], there[2:]
+    if more_rows % rows or more_columns % columns:
+        return None
+    return more_rows // rows, more_columns // columns
 
 
 def borrowed(part: fx.GraphModule, lenders: Sequence[tuple[Region, Hidden]], own: Region) -> fx.GraphModule | str:
@@ -107,8 +115,8 @@ def borrowed(part: fx.GraphModule, lenders: Sequence[tuple[Region, Hidden]], own
     if isinstance(tail, str) or hidden is None:
         return "its hidden layer can't be told apart"
     counts = [len(fetch(region.module, other.site.layer).weight) for region, other in lenders]
-    if any(size > MOST_FEATURES for size in _fan_ins(part, hidden.site.layer, tail.affine, sum(counts))):
-        return "with the channels of all its regions it has too many inputs to refit"
+    if any(size > EXACT_FEATURES for size in _fan_ins(part, hidden.site.layer, tail.affine, sum(counts))):
+        return "with the channels of all its regions it has too many inputs for an exact choice among them"
     start = sum(counts[: [region is own for region, _ in lenders].index(True)])
     _widen_hidden(part, hidden.site, lenders, counts)
     _widen_reader(part, tail.affine, sum(counts), start)
@@ -198,6 +206,7 @@ def lent_values(network: Network, merge: Merge) -> Callable[[Tensor], list[Tenso
     lenders = borrowers(network, merge)
     assert not isinstance(lenders, str)
     sites = {region.info.index: hidden.site for region, hidden in lenders}
+    steps = [_steps(sites[merge.representative], site) for site in sites.values()]
     watches = []
     for index in range(merge.first, merge.last + 1):
         piece = network.regions[index].module
@@ -211,7 +220,10 @@ def lent_values(network: Network, merge: Merge) -> Callable[[Tensor], list[Tenso
         for watch in watches:
             x, *inside = watch(x)
             lent += inside
-        return [torch.cat(lent, axis)]
+        seen = [
+            y if step in (None, (1, 1)) else y[..., :: step[0], :: step[1]] for y, step in zip(lent, steps, strict=True)
+        ]
+        return [torch.cat(seen, axis)]
 
     return values
 

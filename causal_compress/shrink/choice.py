@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 PATH_PENALTY = 1e-3
+MOST_BORROWED = 1.5
+"""Times the representative's own channels; nothing wider was part of a plan for a third to half of ResNet-56."""
 _CHANNELWISE = (
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Identity, nn.ReLU,
@@ -110,7 +112,11 @@ class Choice:
         counts = level_counts([group.channels for group in self.groups], self.sweep.section)
         producers = [group.producer for group in self.groups]
         levels = [dict(zip(producers, level, strict=True)) for level in counts]
-        return [*levels, self.own] if self.own and self.own not in levels else levels
+        if not self.own:
+            return levels
+        bearable = {producer: MOST_BORROWED * count for producer, count in self.own.items()}
+        kept = [level for level in levels if all(level[producer] <= most for producer, most in bearable.items())]
+        return kept if self.own in kept else [*kept, self.own]
 
     def reads_cut(self) -> bool:
         """Whether the part can do with fewer channels of the cut point before it: its tail alone reads them."""

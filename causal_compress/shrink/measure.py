@@ -130,7 +130,7 @@ class Sweep:
             return self._kept_whole(first) + narrowed + self._ranks(choice, narrowed)
         lent = self._borrowing(first, last)
         if lent is not None:
-            return [*self._widths(lent), lent.measured({}, 1.0)]
+            return self._widths(lent)
         choices, reasons = [], []
         for representative in range(first, last + 1):
             found = fitting_adapter(self.network, first, last, representative)
