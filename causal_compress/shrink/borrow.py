@@ -80,7 +80,7 @@ def _hidden(piece: fx.GraphModule) -> Hidden | None:
 
 
 def _alike(own: Hidden, other: Hidden) -> bool:
-    """Whether channels of two hidden layers lie on the same positions, or some of them do, and become the same after."""
+    """Whether channels of two hidden layers lie on the same positions, or some of them do, and become the same."""
     return own.activations == other.activations and _steps(own.site, other.site) is not None
 
 
@@ -206,7 +206,8 @@ def lent_values(network: Network, merge: Merge) -> Callable[[Tensor], list[Tenso
     lenders = borrowers(network, merge)
     assert not isinstance(lenders, str)
     sites = {region.info.index: hidden.site for region, hidden in lenders}
-    steps = [_steps(sites[merge.representative], site) for site in sites.values()]
+    own = sites[merge.representative]
+    steps = [step for site in sites.values() if (step := _steps(own, site)) is not None]
     watches = []
     for index in range(merge.first, merge.last + 1):
         piece = network.regions[index].module
@@ -220,12 +221,15 @@ def lent_values(network: Network, merge: Merge) -> Callable[[Tensor], list[Tenso
         for watch in watches:
             x, *inside = watch(x)
             lent += inside
-        seen = [
-            y if step in (None, (1, 1)) else y[..., :: step[0], :: step[1]] for y, step in zip(lent, steps, strict=True)
-        ]
+        seen = [_every(y, step) for y, step in zip(lent, steps, strict=True)]
         return [torch.cat(seen, axis)]
 
     return values
+
+
+def _every(values: Tensor, step: tuple[int, int]) -> Tensor:
+    rows, columns = step
+    return values if step == (1, 1) else values[..., ::rows, ::columns]
 
 
 @torch.no_grad()
