@@ -189,7 +189,10 @@ class Surgery:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Change:
-    """One ledger line: what was carried out, predicted beside measured harm (output KL in nats on held-out inputs)."""
+    """One ledger line: what was carried out, predicted beside measured harm (output KL in nats on held-out inputs).
+
+    `refined` is the held-out relative error of the part's output before and after Gauss-Newton steps.
+    """
 
     node: str
     what: str
@@ -198,6 +201,7 @@ class Change:
     measured_harm_kl: float | None
     relative_error: float | None
     penalty: float | None
+    refined: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)

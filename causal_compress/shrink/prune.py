@@ -21,6 +21,7 @@ from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_
 from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
 from causal_compress.shrink.lowrank import components, split, write_factors
+from causal_compress.shrink.refine import refine
 from causal_compress.shrink.repair import (
     Fitted,
     Rectified,
@@ -124,6 +125,7 @@ class _Work:
             self._factorize(part, (tail.affine, tail.norm), sums, candidate.ranks)
             refit = self._refit_tail(part, find_tail(part), targets, last=last)
         narrowed += [f"{layer} in two layers of rank {rank}" for layer, rank in candidate.ranks.items()]
+        refined = refine(part, self.front.student, self.front.teacher) if self.section.refine else None
         rise = self.front.advance(part)
         if narrowed:
             self.changes.append(
@@ -135,6 +137,7 @@ class _Work:
                     measured_harm_kl=rise,
                     relative_error=refit.error,
                     penalty=refit.penalty,
+                    refined=None if refined is None else (refined.before, refined.after),
                 )
             )
 

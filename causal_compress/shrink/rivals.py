@@ -57,9 +57,9 @@ def _without_merges(best: Plan, known: tuple[Candidates, Effects, Groups], recip
 
 
 def trial_harm(network: Network, plan: Plan, recipe: Recipe, probe: Probe) -> float:
-    """Output KL of a plan's student on held-out inputs [nats], refitted on few."""
+    """Output KL of a plan's student on held-out inputs [nats], refitted on few and by the closed forms alone."""
     first = fresh_front(network, probe, min(INPUTS, recipe.rewrite.inputs), recipe.plan.temperature)
     student, _, _ = rewrite(network, plan, first, recipe.rewrite)
     second = fresh_front(network, probe, min(INPUTS, recipe.prune.inputs), recipe.plan.temperature)
-    prune(student, plan, second, recipe.prune)
+    prune(student, plan, second, recipe.prune.model_copy(update={"refine": False}))
     return second.harm_kl
