@@ -3,15 +3,15 @@
     python benchmarks/resnet56.py --weights resnet56-4bfd9763.th --data cifar10.npz --out runs/resnet56
 
 Each variant is a run folder below --out; a finished one is read back, so the script can be stopped and started again.
-Writes results/resnet56_no_training.json and results/resnet56_distilled.json. All 10,000 test images are read once for
-each variant, at its end; everything is chosen on training images.
+Writes results/resnet56_no_training.json, results/resnet56_distilled.json and results/resnet56_speed.json: at equal
+measured latency, what it costs to do without borrowed channels and without Gauss-Newton steps. All 10,000 test images
+are read once for each variant, at its end; everything is chosen on training images.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ HERE = Path(__file__).parent
 QUICK = ["benchmark.runtimes=[onnxruntime]", "benchmark.batches=[1]"]
 FULL_RANK = ["plan.low_rank=false"]  # depth and width alone; `all` splits layers as well
 NO_TRAINING = ["distill=null", "budget.max_accuracy_drop=null"]
+SPEED = [
+    *NO_TRAINING, *FULL_RANK, *QUICK,
+    "budget.macs=null", "budget.latency_ms.keep=0.49", "plan.align=cpu", "plan.max_span=4",
+]  # fmt: skip
+NO_REFINE, NO_BORROW = "prune.refine=false", "plan.borrow=false"
 
 VARIANTS: dict[str, list[str]] = {
     "both-055": [*NO_TRAINING, *FULL_RANK, "budget.macs=0.55"],
@@ -38,6 +43,10 @@ VARIANTS: dict[str, list[str]] = {
     "all-033": [*NO_TRAINING, *QUICK, "budget.macs=0.333"],
     "latency-049": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.49", "plan.align=16"],
     "latency-052": [*NO_TRAINING, "budget.macs=null", "budget.latency_ms.keep=0.52", "plan.align=16"],
+    "speed": SPEED,
+    "speed-no-gauss-newton": [*SPEED, NO_REFINE],
+    "speed-no-borrowing": [*SPEED, NO_BORROW],
+    "speed-neither": [*SPEED, NO_REFINE, NO_BORROW],
     "distilled-050": [*FULL_RANK, "budget.macs=0.5", "distill.epochs=20"],
 }
 
@@ -58,21 +67,25 @@ def main() -> None:
         f"data.source=npz:{args.data}",
         *([] if args.threads is None else [f"threads={args.threads}"]),
     ]
-    rows: dict[str, list[dict[str, Any]]] = {"no_training": [], "distilled": []}
+    rows: dict[str, list[dict[str, Any]]] = {"no_training": [], "distilled": [], "speed": []}
     analyses: dict[tuple[str, ...], Path] = {}  # by the settings that an analysis depends on
     for name, overrides in VARIANTS.items():
         folder = args.out / name
-        kind = tuple(setting for setting in overrides if setting.startswith(("plan.low_rank", "plan.align")))
+        kind = tuple(
+            setting
+            for setting in overrides
+            if setting.startswith(("plan.low_rank", "plan.align", "plan.max_span", "plan.borrow"))
+        )
         if name in args.only:
             recipe = load_recipe(find_recipe("cifar-resnet"), [*inputs, *overrides])
             known = analyses.get(kind, args.analysis)
             compress(recipe, folder, command=["python", "benchmarks/resnet56.py", name], reuse=known)
         if (folder / "scorecard.json").exists():
             analyses.setdefault(kind, folder)
-            rows["distilled" if name.startswith("distilled") else "no_training"].append(row_of(name, folder))
+            rows[next((kind for kind in rows if name.startswith(kind)), "no_training")].append(row_of(name, folder))
     for kind, found in rows.items():
         if found:
-            result = {"schema": 1, "machine": machine(), "command": " ".join(sys.argv[:1]), "rows": found}
+            result = {"schema": 1, "machine": machine(), "command": "benchmarks/resnet56.py", "rows": found}
             target = HERE / "results" / f"resnet56_{kind}.json"
             atomic_write_text(target, json.dumps(result, indent=1) + "\n")
 
