@@ -10,7 +10,7 @@ from tiny import Residual, images, random_norms
 from torch import Tensor, fx, nn
 
 from causal_compress.shrink import refine as refining
-from causal_compress.shrink.refine import least_squares, refine, settle_norms
+from causal_compress.shrink.refine import Refined, least_squares, refine, settle_norms
 from causal_compress.understand.trace import trace
 
 
@@ -77,7 +77,7 @@ def test_disturbed_weights_find_their_way_back() -> None:
     teacher, inputs = block(), rows()
     student = disturbed(teacher, 0.1)
     found = refine(student, inputs, answers(teacher, inputs))
-    assert found is not None
+    assert isinstance(found, Refined)
     assert found.after < 0.05 * found.before
     fresh = [images(64, 4, 6, 99).abs()]
     left, was = answers(student, fresh)[0], answers(disturbed(teacher, 0.1), fresh)[0]
@@ -89,7 +89,7 @@ def test_a_part_that_can_not_be_improved_stays_bit_for_bit() -> None:
     part, inputs = block(), rows()
     before = copy.deepcopy(part.state_dict())
     found = refine(part, inputs, answers(part, inputs))
-    assert found is not None
+    assert isinstance(found, Refined)
     assert found.before == found.after == 0
     assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
 
@@ -140,4 +140,13 @@ def test_one_layer_alone_is_left_to_the_closed_form() -> None:
 def test_too_many_weights_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     part, inputs = block(), rows(4)
     monkeypatch.setattr(refining, "MOST_WEIGHTS", 10)
-    assert refine(part, inputs, answers(part, inputs)) is None
+    assert refine(part, inputs, answers(part, inputs)) == "452 weights are too many (limit 10)"
+
+
+def test_little_memory_means_fewer_inputs_of_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, inputs = block(), rows()
+    whole, _ = refining._chunks(part, inputs, answers(part, inputs))
+    monkeypatch.setattr(refining, "MOST_BYTES", refining._bytes(part, inputs[0][:1]) * 8 * 5.5)
+    train, heldout = refining._chunks(part, inputs, answers(part, inputs))
+    assert ({len(x) for x, _ in whole}, len(whole)) == ({64}, 6)
+    assert ({len(x) for x, _ in [*train, *heldout]}, len(train), len(heldout)) == ({5}, 6, 2)

@@ -21,7 +21,7 @@ from causal_compress.shrink.channels import ChannelGroup, dependencies_of, find_
 from causal_compress.shrink.choice import PATH_PENALTY
 from causal_compress.shrink.front import Front, output_kl
 from causal_compress.shrink.lowrank import components, split, write_factors
-from causal_compress.shrink.refine import refine
+from causal_compress.shrink.refine import Refined, refine
 from causal_compress.shrink.repair import (
     Fitted,
     Rectified,
@@ -125,7 +125,7 @@ class _Work:
             self._factorize(part, (tail.affine, tail.norm), sums, candidate.ranks)
             refit = self._refit_tail(part, find_tail(part), targets, last=last)
         narrowed += [f"{layer} in two layers of rank {rank}" for layer, rank in candidate.ranks.items()]
-        refined = refine(part, self.front.student, self.front.teacher) if self.section.refine else None
+        refined = self._refine(decision, part)
         rise = self.front.advance(part)
         if narrowed:
             self.changes.append(
@@ -137,7 +137,7 @@ class _Work:
                     measured_harm_kl=rise,
                     relative_error=refit.error,
                     penalty=refit.penalty,
-                    refined=None if refined is None else (refined.before, refined.after),
+                    refined=refined,
                 )
             )
 
@@ -332,6 +332,13 @@ class _Work:
         always = last and self.section.head_refit == "always"
         where = (tail.affine, tail.norm)
         return self._settle(part, where, rectifier_ceiling(part, tail.pre), equations, always=always)
+
+    def _refine(self, decision: Decision, part: fx.GraphModule) -> tuple[float, float] | None:
+        """Gauss-Newton steps on the whole part; returns its held-out relative error before and after."""
+        found = refine(part, self.front.student, self.front.teacher) if self.section.refine else None
+        if isinstance(found, str):
+            self.skips.append(Skip(what=f"Gauss-Newton steps of {decision.node}", reason=found))
+        return (found.before, found.after) if isinstance(found, Refined) else None
 
     def check_composition(self) -> None:
         """Refuse a student that is not what was measured: parts that share state, or channels taken out elsewhere."""

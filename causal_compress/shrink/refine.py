@@ -24,9 +24,12 @@ ITERATIONS = 10  # of conjugate gradients; to stop early keeps weights near wher
 STEPS = (1.0, 0.5, 0.25)
 WORTHWHILE = 0.99  # a round that leaves more of the error is the last
 MOST_WEIGHTS = 2_000_000
+MOST_BYTES = 4e9
+_COPIES = 4  # of each activation: its value, what it becomes, and the same of the transposed map
 _SMALLEST = 1e-12
 
 Vector = list[Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Refined:
     after: float
 
 
-def refine(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Refined | None:
+def refine(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Refined | str | None:
     """Move all weights of a part so that its output comes nearer to what is wanted (in place).
 
     Steps are taken only where they lower the error on held-out chunks (every fourth), so a part never gets worse.
@@ -48,19 +51,34 @@ def refine(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tens
         wanted: For each chunk what shall come out.
 
     Returns:
-        The errors, or None where there is nothing to gain over the closed forms: a single layer, too many weights, or
-        an operation that can't be differentiated twice.
+        The errors; None for a single layer, which the closed form has solved; or why it can't be done.
     """
     weights: dict[str, Tensor] = {name: value for name, value in part.named_parameters() if value.is_floating_point()}
     size = sum(value.numel() for value in weights.values())
-    if len(affine_layers(part)) < 2 or size > MOST_WEIGHTS or len(inputs) < HELD_OUT_EVERY:
+    if len(affine_layers(part)) < 2 or len(inputs) < HELD_OUT_EVERY:
         return None
-    train, heldout = _chunks(inputs, wanted)
-    start = error = _error(part, weights, heldout)
+    if size > MOST_WEIGHTS:
+        return f"{size} weights are too many (limit {MOST_WEIGHTS})"
+    train, heldout = _chunks(part, inputs, wanted)
+    start = _error(part, weights, heldout)
+    try:
+        moved, error = _descend(part, weights, train, heldout, start)
+    except RuntimeError as failure:  # of an operation that can't be differentiated twice
+        return f"it can't be differentiated ({' '.join(str(failure).split())[:80]})"
+    if error < start:
+        with torch.no_grad():
+            for name, value in part.named_parameters():
+                value.copy_(moved.get(name, value))
+        settle_norms(part, [x for x, _ in train])
+    return Refined(start, error)
+
+
+def _descend(
+    part: nn.Module, weights: dict[str, Tensor], train: Sequence[Pair], heldout: Sequence[Pair], error: float
+) -> tuple[dict[str, Tensor], float]:
+    """Rounds of steps, each as long as held-out chunks like it best; ends where they no longer do."""
     for _ in range(ROUNDS):
         direction = _direction(part, weights, train)
-        if direction is None:
-            break
         trials = [{name: weights[name] + step * direction[name] for name in weights} for step in STEPS]
         errors = [_error(part, trial, heldout) for trial in trials]
         best = min(range(len(STEPS)), key=lambda index: errors[index])
@@ -69,45 +87,51 @@ def refine(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tens
         weights, gained, error = trials[best], errors[best] / error, errors[best]
         if gained > WORTHWHILE:
             break
-    if error < start:
-        with torch.no_grad():
-            for name, value in part.named_parameters():
-                value.copy_(weights.get(name, value))
-        settle_norms(part, [x for x, _ in train])
-    return Refined(start, error)
+    return weights, error
 
 
-def _chunks(
-    inputs: Sequence[Tensor], wanted: Sequence[Tensor]
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Chunks for fitting and held-out ones, as many of them as have rows (positions) enough."""
+def _chunks(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[list[Pair], list[Pair]]:
+    """Chunks for fitting and held-out ones: as many as have rows (positions) enough, each as large as memory bears."""
     positions = math.prod(wanted[0].shape[2:]) if wanted[0].ndim == 4 else 1
     needed = max(2 * HELD_OUT_EVERY, math.ceil(FEWEST_ROWS / (positions * len(inputs[0]))))
     pairs = list(zip(inputs, wanted, strict=True))[:needed]
+    most = max(1, int(MOST_BYTES / (_bytes(part, inputs[0][:1]) * len(pairs))))
+    pairs = [(x[:most], y[:most]) for x, y in pairs]
     held = [index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for index in range(len(pairs))]
-    return [p for p, out in zip(pairs, held, strict=True) if not out], [
-        p for p, out in zip(pairs, held, strict=True) if out
-    ]
+    split = {out: [pair for pair, mine in zip(pairs, held, strict=True) if mine == out] for out in (False, True)}
+    return split[False], split[True]
 
 
 @torch.no_grad()
-def _error(part: nn.Module, weights: dict[str, Tensor], chunks: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _bytes(part: fx.GraphModule, x: Tensor) -> int:
+    """What one input's activations take while they are kept for differentiating twice."""
+    sizes: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out: sizes.append(out.numel() if isinstance(out, Tensor) else 0))
+        for module in part.modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        part(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _COPIES * x.element_size() * (x.numel() + sum(sizes))
+
+
+@torch.no_grad()
+def _error(part: nn.Module, weights: dict[str, Tensor], chunks: Sequence[Pair]) -> float:
     wrong = sum(float((functional_call(part, weights, (x,)) - y).double().square().sum()) for x, y in chunks)
     mean = sum(y.double().sum(0) for _, y in chunks) / sum(len(y) for _, y in chunks)
     return wrong / max(sum(float((y - mean).double().square().sum()) for _, y in chunks), _SMALLEST)
 
 
-def _direction(
-    part: nn.Module, weights: dict[str, Tensor], chunks: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, Tensor] | None:
-    """The step of all weights that least squares ask for, each scaled by its tensor's size; None: no derivatives."""
+def _direction(part: nn.Module, weights: dict[str, Tensor], chunks: Sequence[Pair]) -> dict[str, Tensor]:
+    """The step of all weights that least squares ask for, each scaled by its tensor's size."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in weights.items()}
     scales = [value.detach().norm() / value.numel() ** 0.5 + _SMALLEST for value in leaves.values()]
-    try:
-        with torch.enable_grad():
-            maps = [_Linear(part, leaves, x) for x, _ in chunks]
-    except (NotImplementedError, RuntimeError):
-        return None
+    with torch.enable_grad():
+        maps = [_Linear(part, leaves, x) for x, _ in chunks]
     left = [y - each.output for each, (_, y) in zip(maps, chunks, strict=True)]
 
     def forth(step: Vector) -> Vector:
