@@ -368,7 +368,7 @@ class QuantizeSection(Section):
         0.3, description="largest drop against the FP32 student on all of validation [pp]; layers stay FP32 for it"
     )
     bias_correction: Literal["auto", "never"] = Field("auto", description="auto: kept only where output KL falls")
-    reduce_range: bool = Field(False, description="7-bit weights, for x86 CPUs without VNNI")
+    reduce_range: Literal["auto"] | bool = Field("auto", description="7-bit weights; auto: if 8 overflow on this CPU")
     batch: Positive = Field(1, description="batch size at which INT8 and FP32 are timed")
     repeats: Positive = Field(100, description="timed calls of each, interleaved")
     seconds: Annotated[float, Field(gt=0)] = Field(5.0, description="time limit for each")

@@ -2,16 +2,18 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import quantize_sample
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from pydantic import TypeAdapter
 from quantize_sample import Data, Sequence, steady, trained
 from torch import nn
 
+from causal_compress.deploy import saturation
 from causal_compress.deploy.faster import choose, time_files
 from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.qdq import layers, prepare
@@ -194,6 +196,31 @@ def test_sequences_go_the_whole_way(tmp_path):
         assert file.agreement_pct > 95
         kinds = {weight.data_type for weight in onnx.load(tmp_path / file.onnx).graph.initializer}
         assert TensorProto.INT8 in kinds
+
+
+@pytest.mark.parametrize("case", [(True, "auto", 7), (False, "auto", 8), (True, False, 8), (False, True, 7)])
+def test_weights_have_seven_bits_where_eight_overflow(student, onnx_path, tmp_path, monkeypatch, case):
+    here, asked, bits = case
+    monkeypatch.setattr("causal_compress.deploy.quantize.saturates", lambda: here)
+    section = QuantizeSection(families=["cpu"], methods=["minmax"], scored=32, reduce_range=asked)
+    file = quantize(student, onnx_path, Data(64), section, tmp_path, timer=steady(2, 1)).files[0]
+    assert file.weight_bits == bits
+    weights = [numpy_helper.to_array(w) for w in onnx.load(tmp_path / file.onnx).graph.initializer]
+    largest = max(int(np.abs(w.astype(int)).max()) for w in weights if w.dtype == np.int8 and w.ndim > 1)
+    assert (largest <= 64) == (bits == 7)
+
+
+@pytest.mark.parametrize(("product", "overflows"), [(64 * 255 * 127, False), (32 * 32767, True)])
+def test_whether_products_overflow_is_found_by_multiplying(product, overflows, monkeypatch):
+    class Session:
+        def __init__(self, *_, **__):
+            pass
+
+        def run(self, _, feed):
+            return [np.full((1, 16), product, dtype=np.int32)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    assert saturation.saturates.__wrapped__() == overflows
 
 
 def test_nothing_to_validate_on_is_refused(student, onnx_path, tmp_path):

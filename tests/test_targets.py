@@ -114,7 +114,7 @@ def test_time_limit_counts_for_each_call():
     start = time.perf_counter()
     taken = time_in_turn([lambda: time.sleep(0.002)] * 2, repeats=10_000, seconds=0.05)
     assert 10 <= len(taken[0]) < 60
-    assert time.perf_counter() - start < 2.0
+    assert time.perf_counter() - start < 10.0  # all of them would take 40
 
 
 # ---- why fewer MACs bring no speed

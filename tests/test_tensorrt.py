@@ -18,6 +18,7 @@ from causal_compress.deploy.engines import EngineRuntime, read_engine_info
 from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.precision import linears_as_convolutions, precision_of, products_in_half, to_fp16
 from causal_compress.deploy.runtimes import OnnxRuntime, open_runtime
+from causal_compress.deploy.saturation import saturates
 from causal_compress.deploy.tensorrt import CAPABILITIES, EngineOptions, build_engine, sidecar
 from causal_compress.errors import ExportError, MissingPackageError, RunFolderError, UsageError
 from causal_compress.files import sha256_of_file
@@ -303,6 +304,8 @@ def test_quantized_linears_stay_quantized_as_convolutions(small, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_products_in_16_bits_change_answers_little(attention, precision, tmp_path):
+    if precision == "int8" and saturates():
+        pytest.skip("this CPU gets INT8 products of activations wrong, so there is nothing to compare with")
     content = attention[precision].read_bytes()
     changed, count = products_in_half(content)
     assert count == sum(node.op_type in ("MatMul", "Gemm") for node in onnx.load_model_from_string(content).graph.node)

@@ -23,6 +23,7 @@ from causal_compress.deploy.calibration import METHODS, Histogram, Method, activ
 from causal_compress.deploy.faster import Timer, time_and_choose, time_files
 from causal_compress.deploy.qdq import FORMS, Family, Ranges, compact, insert, layers, prepare
 from causal_compress.deploy.runtimes import OnnxRuntime, Runtime
+from causal_compress.deploy.saturation import saturates
 from causal_compress.deploy.sensitivity import fewest, mean_shifts, with_biases
 from causal_compress.errors import DataError
 from causal_compress.files import atomic_write_bytes, sha256_of_file
@@ -169,6 +170,7 @@ def _make(family: Family, source: _Source, reference: _Reference, fp32_bytes: in
         size_bytes=len(candidate.content),
         size_ratio=len(candidate.content) / fp32_bytes,
         layers=len(layers(source.models[family])),
+        weight_bits=_weight_bits(source.section),
         excluded=candidate.excluded,
         method=candidate.method,
         method_kl={method: tried[method].kl for method in METHODS if method in tried},
@@ -207,8 +209,13 @@ def _inserted(
         FORMS[family],
         excluded=excluded,
         only=only,
-        reduce_range=source.section.reduce_range,
+        reduce_range=_weight_bits(source.section) < 8,
     )
+
+
+def _weight_bits(section: QuantizeSection) -> int:
+    """7 where the recipe says so, or leaves it open and 8 would overflow here (x86 without VNNI); else 8."""
+    return 7 if (saturates() if section.reduce_range == "auto" else section.reduce_range) else 8
 
 
 def _ranges(source: _Source, family: Family, method: Method) -> Ranges:

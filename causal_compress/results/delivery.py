@@ -280,6 +280,7 @@ class QuantizedFile:
     `method_kl`: output KL [nats] of each calibration method on `scored` inputs; `kl` that of the file as written.
     `bias_corrected`: layers whose bias took up the mean shift of their output; none where that did not lower the KL.
     `drop_pp` is FP32 minus INT8 with a 95 % paired interval, `max_abs_diff` that of logits, all over `n` inputs.
+    `weight_bits` is 7 where sums of 8-bit products would have overflowed on the CPU that made the file.
     """
 
     onnx: str
@@ -301,6 +302,7 @@ class QuantizedFile:
     drop_pp: float
     drop_ci_pp: tuple[float, float]
     within_budget: bool
+    weight_bits: int = 8
 
 
 @dataclass(frozen=True, kw_only=True, config=config)

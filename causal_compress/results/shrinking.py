@@ -33,7 +33,7 @@ class Candidate:
     reads; a part that writes the share s of its outputs costs `macs_fixed + s * macs_out` MACs, parameters alike.
     `widths` names each channel group inside that shrinks: producer -> channels kept; `ranks` each layer that becomes
     two thinner ones: layer -> rank. `keeps_width` says of a representative that borrows channels that it ends with as
-    many as it has of its own, so that nothing about it is narrower than before.
+    many as it has of its own or more, so that nothing about it is narrower than before.
     """
 
     first: int

@@ -219,8 +219,13 @@ class Choice:
             harm_stderr=0.0,
             relative_error=1 - (1 - min(shape.error, 1.0)) * (1 - lost) if ranks else shape.error,
             ranks=ranks or {},
-            keeps_width=bool(self.own) and shape.widths == self.own,
+            keeps_width=self._keeps_width(shape.widths),
         )
+
+    def _keeps_width(self, widths: dict[str, int]) -> bool:
+        """Whether a representative that borrows ends with as many channels as it has of its own, or more."""
+        full = {group.producer: group.channels for group in self.groups} | self.own
+        return bool(self.own) and all(count >= full[producer] for producer, count in widths.items())
 
     def refit_tail(self, part: fx.GraphModule) -> Fitted:
         """Refit a part's last affine layer to what the part feeds it now, on the channels that it reads (in place).
