@@ -175,10 +175,10 @@ class PruneSection(Section):
     inputs: Positive = Field(2048, description="calibration inputs for the closed-form repairs")
     penalties: list[Annotated[float, Field(gt=0)]] = Field([1e-4, 1e-3, 1e-2, 1e-1], min_length=1)
     bn_reestimate: Literal["auto", "always", "never"] = Field("auto", description="auto: kept where held-out KL falls")
-    head_refit: Literal["auto", "always", "never"] = Field(
-        "auto", description="refit the classifier on the student's features"
+    head_refit: Literal["auto", "always", "never"] = Field("auto", description="of the classifier, on its new features")
+    refine: Literal["auto"] | bool = Field(
+        "auto", description="Gauss-Newton steps on all layers of a part together; auto: if inputs are fewer than 1,024"
     )
-    refine: bool = Field(True, description="all layers of a part together, by Gauss-Newton steps, after closed forms")
 
 
 class DistillSection(Section):

@@ -6,11 +6,16 @@ import copy
 
 import pytest
 import torch
+from test_surgery import planned, singles
 from tiny import Residual, images, random_norms
 from torch import Tensor, fx, nn
 
+from causal_compress.recipe import PruneSection, RewriteSection
+from causal_compress.shrink import prune as pruning
 from causal_compress.shrink import refine as refining
+from causal_compress.shrink.front import open_front
 from causal_compress.shrink.refine import Refined, least_squares, refine, settle_norms
+from causal_compress.shrink.rewrite import rewrite
 from causal_compress.understand.trace import trace
 
 
@@ -150,3 +155,23 @@ def test_little_memory_means_fewer_inputs_of_every_chunk(monkeypatch: pytest.Mon
     train, heldout = refining._chunks(part, inputs, answers(part, inputs))
     assert ({len(x) for x, _ in whole}, len(whole)) == ({64}, 6)
     assert ({len(x) for x, _ in [*train, *heldout]}, len(train), len(heldout)) == ({5}, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "few", "made"),
+    [("auto", True, True), ("auto", False, False), (True, False, True), (False, True, False)],
+)
+def test_steps_are_made_where_inputs_are_few(
+    asked: object, few: bool, made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = trace(random_norms(Residual(2)), images(2, 1, 6))
+    fit, heldout = images(128, 1, 6, 1).split(32), images(64, 1, 6, 2).split(32)
+    plan = planned(singles(network), {1: {"blocks.0.conv1": 3}})
+    monkeypatch.setattr(pruning, "ENOUGH_INPUTS", 129 if few else 128)
+    student, _, _ = rewrite(network, plan, open_front(network, fit, heldout, 4.0), RewriteSection())
+    section = PruneSection.model_validate({"refine": asked})
+    _, changes, _ = pruning.prune(student, plan, open_front(network, fit, heldout, 4.0), section)
+    (found,) = {change.refined is not None for change in changes if change.node == "1..1"}
+    assert found == made
+    if made:
+        assert all(change.refined[1] <= change.refined[0] for change in changes if change.refined is not None)
