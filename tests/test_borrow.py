@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from causal_compress.recipe import PlanSection, PruneSection, RewriteSection
 from causal_compress.results import Candidates, Merge
-from causal_compress.shrink.borrow import borrowers, fit_hidden, lent_values
+from causal_compress.shrink.borrow import fit_hidden, lenders_of, lent_values
 from causal_compress.shrink.choice import PENALTIES, Choice
 from causal_compress.shrink.front import Front, open_front
 from causal_compress.shrink.measure import Sweep, measure
@@ -181,7 +181,7 @@ def test_of_borrowed_channels_those_stay_that_are_needed() -> None:
 def test_a_block_that_halves_the_image_borrows_from_the_next() -> None:
     torch.manual_seed(0)
     network = traced(Down())
-    lenders = borrowers(network, BORROWS)
+    lenders = lenders_of(network, BORROWS)
     assert not isinstance(lenders, str)
     assert [hidden.site.layer for _, hidden in lenders] == ["halve", "same"]
     plain = choice(network, None, 1).measured({}, 1.0)
@@ -205,6 +205,32 @@ def test_a_block_that_halves_the_image_borrows_every_second_position_of_the_one_
     assert torch.allclose(lent_values(network, merge)(entering)[0], wanted, atol=1e-6)
     lent, plain = (choice(network, adapter, 1, representative=2) for adapter in ("borrow", None))
     assert lent.error < plain.error
+
+
+class Lines(nn.Module):
+    """Blocks of linear layers on (samples, rows, columns, channels), the second with twice the inner channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 4)
+        self.one, self.add_one = nn.Linear(4, 3), nn.Linear(3, 4)
+        self.two, self.add_two = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.add_one(torch.relu(self.one(x))))
+        x = torch.relu(x + self.add_two(torch.relu(self.two(x))))
+        return self.fc(x.mean((1, 2)))
+
+
+def test_linear_layers_on_maps_lend_all_their_channels() -> None:
+    torch.manual_seed(0)
+    network = trace(Lines().eval(), images(2, 1, 6))
+    x = site_activations(network, images(4, 1, 6, 3))[0]
+    assert lent_values(network, BORROWS)(x)[0].shape == (4, 1, 6, 3 + 6)
+    alone, lent = choice(network, None, 1), choice(network, "borrow", 1)
+    assert lent.error < 0.5 * alone.error
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,14 @@ class Hidden:
     Attributes:
         site: Where it reads and writes.
         activations: What lies between it and the tail, comparable between regions.
+        positions: Where its output has channels: rows and columns behind a convolution, else all axes but the last.
+        strided: Whether of these positions every so many can be taken.
     """
 
     site: Site
     activations: tuple[str, ...]
+    positions: tuple[int, ...]
+    strided: bool
 
 
 def hidden_of(part: fx.GraphModule, tail: Tail) -> Hidden | None:
@@ -56,10 +60,13 @@ def hidden_of(part: fx.GraphModule, tail: Tail) -> Hidden | None:
     if not is_affine(get_module(part, before)) or not used_once(part, str(before.target)):
         return None
     site = find_site(part, str(before.target))
-    return Hidden(site, activations) if site.output is source else None
+    if site.output is not source:
+        return None
+    shape, image = shape_of(source), isinstance(get_module(part, before), nn.Conv2d)
+    return Hidden(site, activations, shape[2:] if image else shape[1:-1], image)
 
 
-def borrowers(network: Network, merge: Merge) -> list[tuple[Region, Hidden]] | str:
+def lenders_of(network: Network, merge: Merge) -> list[tuple[Region, Hidden]] | str:
     """The regions of a node whose inner channels its representative can have, itself among them, or why there are none.
 
     Args:
@@ -81,18 +88,19 @@ def _hidden(piece: fx.GraphModule) -> Hidden | None:
 
 def _alike(own: Hidden, other: Hidden) -> bool:
     """Whether channels of two hidden layers lie on the same positions, or some of them do, and become the same."""
-    return own.activations == other.activations and _steps(own.site, other.site) is not None
+    return own.activations == other.activations and _steps(own, other) is not None
 
 
-def _steps(own: Site, other: Site) -> tuple[int, int] | None:
+def _steps(own: Hidden, other: Hidden) -> tuple[int, int] | None:
     """Every how many rows and columns of another hidden layer lie where this one's do; (1, 1) where all do.
 
     A block that halves the image can have channels of one before it: of those it needs every second position.
     """
-    here, there = shape_of(own.output), shape_of(other.output)
-    if len(here) != 4 or len(there) != 4:
-        return (1, 1) if here[1:-1] == there[1:-1] and len(here) == len(there) else None
-    (rows, columns), (more_rows, more_columns) = here[2:], there[2:]
+    if own.strided != other.strided:
+        return None
+    if not own.strided:
+        return (1, 1) if own.positions == other.positions else None
+    (rows, columns), (more_rows, more_columns) = own.positions, other.positions
     if more_rows % rows or more_columns % columns:
         return None
     return more_rows // rows, more_columns // columns
@@ -103,7 +111,7 @@ def borrowed(part: fx.GraphModule, lenders: Sequence[tuple[Region, Hidden]], own
 
     Args:
         part: With the representative alone.
-        lenders: From `borrowers`.
+        lenders: From `lenders_of`.
         own: The representative.
 
     Returns:
@@ -203,15 +211,15 @@ def lent_values(network: Network, merge: Merge) -> Callable[[Tensor], list[Tenso
     Returns:
         A function: activations before the node -> one tensor, all channels beside each other in the part's order.
     """
-    lenders = borrowers(network, merge)
+    lenders = lenders_of(network, merge)
     assert not isinstance(lenders, str)
-    sites = {region.info.index: hidden.site for region, hidden in lenders}
-    own = sites[merge.representative]
-    steps = [step for site in sites.values() if (step := _steps(own, site)) is not None]
+    hidden = {region.info.index: layer for region, layer in lenders}
+    own = hidden[merge.representative]
+    steps = [step for other in hidden.values() if (step := _steps(own, other)) is not None]
     watches = []
     for index in range(merge.first, merge.last + 1):
         piece = network.regions[index].module
-        nodes = [ends(piece)[1], *([sites[index].output] if index in sites else [])]
+        nodes = [ends(piece)[1], *([hidden[index].site.output] if index in hidden else [])]
         watches.append(observer(piece, nodes))
     axis = channel_axis(fetch(lenders[0][0].module, lenders[0][1].site.layer))
 

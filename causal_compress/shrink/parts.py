@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from causal_compress.results import Adapter, Merge
-from causal_compress.shrink.borrow import borrowed, borrowers
+from causal_compress.shrink.borrow import borrowed, lenders_of
 from causal_compress.understand.graph import compose, ends, extract, fetch
 from causal_compress.understand.tail import Tail, find_tail
 from causal_compress.understand.trace import HEAVY, Network
@@ -76,7 +76,7 @@ def _misfit(network: Network, merge: Merge) -> str:
 
 def _borrowing(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphModule | str:
     """A part with the inner channels of all regions of its node."""
-    lenders = borrowers(network, merge)
+    lenders = lenders_of(network, merge)
     if isinstance(lenders, str):
         return lenders
     found = _checked(network, merge, part)
