@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -270,9 +270,9 @@ def test_the_whole_way_within_a_latency(finished: tuple[Path, Scorecard]) -> Non
 
 
 def test_verdicts_on_latency(finished: tuple[Path, Scorecard]) -> None:
-    rows = finished[1].rows
-    student = next(row for row in rows if row.model == "student")
-    share = 1.0 / np.array(student.speedup_ci)
+    interval = (1.5, 2.0)  # what was measured may be too near 1 on a slow machine
+    rows = tuple(replace(row, speedup_ci=interval) if row.model == "student" else row for row in finished[1].rows)
+    share = 1.0 / np.array(interval)
     for keep, expected in ((share.max() * 1.05, "PASS"), (share.min() * 0.95, "FAIL")):
         budget = BudgetSection(latency_ms=LatencySection(keep=min(float(keep), 1.0)))
         assert verdict(rows, budget)[0] == expected

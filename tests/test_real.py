@@ -24,7 +24,7 @@ from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
 from causal_compress.shipped import find_recipe
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]  # the whole way, also on one slow core
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CAUSAL_COMPRESS_SHARED") or ROOT.parent / "shared")
