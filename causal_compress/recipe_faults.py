@@ -124,7 +124,10 @@ def _hint(schema: Mapping[str, Any], value: Any) -> str:
         return " Remove the quotes." if numeric and _is_number(value) else ""
     is_share = any(1 in (member.get("maximum"), member.get("exclusiveMaximum")) for member in members)
     if is_share and isinstance(value, int | float) and 1 < value <= 100:
-        return f" For {value:g} % write {value / 100:.2f}."
+        share = value / 100
+        return (
+            f" For {value:g} % write {share:.2f}." if round(share, 2) == share else f" For {value:g} % write {share:g}."
+        )
     return ""
 
 

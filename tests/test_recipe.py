@@ -68,6 +68,10 @@ def test_yaml_1_2_scalars_stay_what_they_look_like() -> None:
     assert recipe.model.args == {"a": 1e-3, "b": "no", "c": "2024-01-01", "d": "1:30", "e": "010"}
 
 
+def test_percent_with_decimals_are_not_rounded_in_the_hint(tmp_path: Path) -> None:
+    assert "For 1.5 % write 0.015." in fault(tmp_path, "plan:\n  widths: [1.5]\n")
+
+
 def test_house_examples_of_messages(tmp_path: Path) -> None:
     text = "plan:\n  max_los_rise: 3\n  max_spam: 3\n  widths:\n    - 0.5\n    - 30\n"
     message = fault(tmp_path, text)

@@ -15,6 +15,7 @@ from report_sample_later import audit, full_sample
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.findings import findings
 from causal_compress.explain.report import _harm_pairs, _ledger, build_report, read_report_json, report_json
+from causal_compress.recipe import BudgetSection, LatencySection
 from causal_compress.results import Chain, Skip
 
 
@@ -306,3 +307,12 @@ def test_an_audit_with_little_in_it_still_makes_a_page() -> None:
 
 def test_the_same_results_make_the_same_page(html: str) -> None:
     assert build_report(sample()) == html
+
+
+def test_a_budget_on_latency_is_told_as_asked_for() -> None:
+    given = sample()
+    latency = BudgetSection(latency_ms=LatencySection(keep=0.49, threads=2))
+    page = build_report(dataclasses.replace(given, recipe=given.recipe.model_copy(update={"budget": latency})))
+    asked = " ".join(page[page.index("Asked for:") :][:200].split())
+    assert asked.startswith("Asked for: latency at most 49")
+    assert "on onnxruntime, batch 1, 2 thread(s)" in asked
