@@ -19,6 +19,7 @@ from causal_compress.recipe_faults import Key, dotted, sentence, shorten, show
 
 _MAX_FAULTS_SHOWN = 20
 _FIRST_OVERRIDE = 1_000_000  # faults are told in order: the file's by line, then those of overrides
+_DEEPEST = 50  # mappings and lists within each other; a recipe needs four
 _CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 # YAML 1.2's core schema. PyYAML follows 1.1, where `1e-3` is text, `no` is false and `2024-01-01` is a date.
@@ -172,11 +173,16 @@ def _apply_override(override: str, number: int, draft: _Draft) -> None:
 
 def _read_yaml(text: str, origin: _Origin, key: Key, draft: _Draft) -> Any:
     """Plain values of a YAML text; notes each key's place and each fault in `draft`."""
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=_Loader):
+            line = event.start_mark.line if event.start_mark else 0
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line if event.start_mark else 0
                 draft.fault(origin.at(line), f"the alias '*{event.anchor}' is not allowed; write it out.")
+                return None
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:  # reading the nodes recurses, and other libraries raise Python's own limit
+                draft.fault(origin.at(line), "nested too deeply.")
                 return None
         node = yaml.compose(text, Loader=_Loader)
         return None if node is None else _plain(node, origin, key, draft)
@@ -185,8 +191,6 @@ def _read_yaml(text: str, origin: _Origin, key: Key, draft: _Draft) -> Any:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         hint = " Indent with spaces, not tabs." if "\\t" in problem else ""
         draft.fault(origin.at(mark.line if mark else 0), f"not valid YAML: {problem}.{hint}")
-    except RecursionError:
-        draft.fault(origin.at(0), "nested too deeply.")
     return None
 
 
