@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="further recipe keys")
+    parser.add_argument("--analysis", type=Path, help="a run folder whose analysis is taken over where it is the same")
     parser.add_argument("--result", type=Path, default=HERE / "results" / "resnet_cifar10.json")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
     command = " ".join(["python benchmarks/resnet_cifar10.py", *shown])
     for seed in given.seeds:
-        analysis: Path | None = None
+        analysis: Path | None = given.analysis
         for removed in given.removed:
             settings = [
                 f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:resnet56",
