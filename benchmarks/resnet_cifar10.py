@@ -5,7 +5,8 @@
 
 One run folder for each size and seed below --out; all sizes of a seed share one analysis, and a run that was cut off
 goes on. All 10,000 test images are read once for each, after the last epoch. Writes results/resnet_cifar10.json after
-each run.
+each run; rows of other sizes, epochs or seeds that stand there stay, each with its machine and settings. Minutes are of
+all stages but an analysis that was taken over.
 """
 
 from __future__ import annotations
@@ -47,7 +48,18 @@ def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, An
         "epochs": epochs,
         "minutes": round(_seconds(folder) / 60, 1),
         "seed": seed,
+        "cpu": machine()["cpu"],
     }
+
+
+def together(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows, and those of before that they don't replace, by size."""
+    kept = {_name(row): row for row in [*before, *rows]}
+    return sorted(kept.values(), key=_name)
+
+
+def _name(row: dict[str, Any]) -> tuple[float, int, int]:
+    return row["target_removed_pct"], row["epochs"], row["seed"]
 
 
 def _seconds(folder: Path) -> float:
@@ -71,6 +83,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=HERE / "results" / "resnet_cifar10.json")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    before = json.loads(given.result.read_text(encoding="utf-8"))["rows"] if given.result.exists() else []
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
     command = " ".join(["python benchmarks/resnet_cifar10.py", *shown])
     for seed in given.seeds:
@@ -90,9 +103,10 @@ def main() -> None:
             recipe = load_recipe(find_recipe("cifar-resnet"), settings)
             compress(recipe, folder, command=["python", "benchmarks/resnet_cifar10.py"], reuse=analysis)
             analysis = analysis or folder
-            rows.append(row_of(folder, removed, given.epochs, seed))
+            own = " ".join(word for word in given.settings if not word.startswith(("benchmark", "threads")))
+            rows.append({**row_of(folder, removed, given.epochs, seed), "settings": own})
             print(rows[-1], flush=True)
-            result = {"schema": 1, "machine": machine(), "command": command, "rows": rows}
+            result = {"schema": 1, "machine": machine(), "command": command, "rows": together(before, rows)}
             atomic_write_text(given.result, json.dumps(result, indent=1) + "\n")
 
 

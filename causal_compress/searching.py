@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from causal_compress.deploy.benchmark import Pair, count_agreement
 from causal_compress.deploy.runtimes import TorchRuntime
 from causal_compress.errors import BudgetError, NumericalError
-from causal_compress.recipe import Recipe
+from causal_compress.recipe import DistillSection, Recipe
 from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint
 from causal_compress.runs import Run, open_run
 from causal_compress.shrink.plan import least_macs
@@ -78,7 +79,7 @@ def _attempt_or_none(folder: Path, recipe: Recipe, epochs: int, share: float) ->
 def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPoint:
     """Compress to a share of the MACs in a run folder of its own, recover, and measure on validation data."""
     start = time.perf_counter()
-    distill = None if recipe.distill is None or epochs == 0 else recipe.distill.model_copy(update={"epochs": epochs})
+    distill = None if recipe.distill is None or epochs == 0 else shortened(recipe.distill, epochs)
     budget = recipe.budget.model_copy(update={"macs": share})
     point = recipe.model_copy(update={"budget": budget, "distill": distill})
     with open_run(_folder(folder, share, epochs), point, command=("search",), reuse=folder) as run:
@@ -101,6 +102,16 @@ def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPo
         epochs=epochs,
         seconds=time.perf_counter() - start,
     )
+
+
+def shortened(section: DistillSection, epochs: int) -> DistillSection:
+    """The same recovery in fewer epochs: peak rates shrink with the square root of its length.
+
+    The rates of a long run are for wandering far; a short one hasn't the time to come back from there.
+    """
+    shrunk = math.sqrt(min(1.0, epochs / section.epochs))
+    rates = {name: shrunk * getattr(section, name) for name in ("learning_rate", "relative_rate")}
+    return section.model_copy(update={"epochs": epochs, **rates})
 
 
 def validation_drop(known: Understood, student: Student) -> tuple[float, tuple[float, float], int]:

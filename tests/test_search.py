@@ -14,9 +14,10 @@ from small_runs import digits_recipe, train
 
 from causal_compress.errors import BudgetError
 from causal_compress.pipeline import compress
-from causal_compress.recipe import BudgetSection, LatencySection, SearchSection
+from causal_compress.recipe import BudgetSection, DistillSection, LatencySection, SearchSection
 from causal_compress.results import Pareto, SearchPoint
 from causal_compress.runs import read_result
+from causal_compress.searching import shortened
 from causal_compress.shrink.search import front_of, search, searches
 
 
@@ -150,6 +151,15 @@ def test_only_a_drop_alone_leaves_the_size_open() -> None:
     assert not searches(BudgetSection(max_accuracy_drop=0.5, macs=0.5))
     assert not searches(BudgetSection(max_accuracy_drop=0.5, params=0.5))
     assert not searches(BudgetSection(max_accuracy_drop=0.5, latency_ms=LatencySection(keep=0.5)))
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(20, 1.0), (5, 0.5), (1, 20**-0.5)])
+def test_a_short_recovery_is_gentle(epochs: int, share: float) -> None:
+    whole = DistillSection(epochs=20, learning_rate=0.04, relative_rate=0.008, temperature=3.0)
+    short = shortened(whole, epochs)
+    assert (short.learning_rate, short.relative_rate) == pytest.approx((0.04 * share, 0.008 * share))
+    assert short.model_copy(update={"learning_rate": 0.04, "relative_rate": 0.008, "epochs": 20}) == whole
+    assert shortened(whole, 20) == whole  # a search takes over what was recovered in full
 
 
 def begun(folder: Path) -> list[str]:

@@ -92,11 +92,16 @@ def baseline_values(
         case "mean" | "blur":
             return features.mean.to(x).expand_as(x)
         case "marginal":
-            return x[_others(len(x), generator).to(x.device)]
+            return x[partners(len(x), generator).to(x.device)]
 
 
-def _others(samples: int, generator: torch.Generator) -> Tensor:
-    # one random cycle through all inputs: a permutation in which no input meets itself
+def partners(samples: int, generator: torch.Generator) -> Int[Tensor, " samples"]:
+    """Another input for each, by one random cycle through all of them: none meets itself, unless it is alone.
+
+    Args:
+        samples: Number of inputs.
+        generator: On the CPU.
+    """
     order = torch.randperm(samples, generator=generator)
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
