@@ -196,11 +196,10 @@ class DistillSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 4.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="of the label loss; the rest is KD")
     boundary_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="of the boundary loss, in the first third")
-    intervened_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of each batch intervened")
-    intervened_fractions: list[Share] = Field([0.25], min_length=1, description="shares of features masked, in turn")
-    mixed_share: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the others that are blends of two inputs (mixup), for the teacher as well"
+    intervened_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of each batch that is intervened"
     )
+    intervened_fractions: list[Share] = Field([0.25], min_length=1, description="shares of features masked, in turn")
     norms: bool = Field(False, description="batch norms where there are none while it trains; folded afterwards")
     views: Positive | None = Field(None, description="augmented views of each input, taught once; null: ever new ones")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -131,42 +131,6 @@ def test_interventions_come_in_every_size_that_is_asked_for(
     assert seen == [(6, 0.1), (5, 0.5), (5, 1.0)] * 4
 
 
-def test_blends_lie_between_two_inputs_and_have_no_label(
-    student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-    loss = training._loss
-
-    def remember(course: Any, learner: Any, batch: Any, step: int) -> Tensor:
-        seen.append(batch)
-        return loss(course, learner, batch, step)
-
-    monkeypatch.setattr(training, "_loss", remember)
-    source = data(teacher)
-    run(student, teacher, section(epochs=1, intervened_share=0.25, mixed_share=0.5), data=source)
-    known = source.train.x.flatten(1).double()
-    low, high = known.min(), known.max()
-    for batch in seen:
-        assert int(batch.counted.sum()) == 12  # of 32: 8 masked, 12 of the other 24 blended
-        blends = batch.x[8:20].flatten(1).double()
-        assert not any(bool((row == known).all(1).any()) for row in blends)
-        assert low <= blends.min()
-        assert blends.max() <= high
-        assert all(_between_two(row, known) for row in blends)
-        assert all(bool((row == known).all(1).any()) for row in batch.x[20:].flatten(1).double())
-
-
-def _between_two(row: Tensor, known: Tensor) -> bool:
-    """Whether some pair of known inputs has the row on the line between them."""
-    for first in known:
-        across = known - first
-        length = across.square().sum(1).clamp(min=1e-12)
-        along = ((row - first) @ across.T / length).clamp(0, 1)
-        if float((first + along[:, None] * across - row).norm(dim=1).min()) < 1e-4:
-            return True
-    return False
-
-
 def test_every_epoch_and_seed_has_its_own_batches(
     student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

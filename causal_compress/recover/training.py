@@ -25,7 +25,7 @@ from causal_compress.recover.networks import answer, unobserved
 from causal_compress.recover.optimizers import optimizers_of
 from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
 from causal_compress.results import Epoch
-from causal_compress.understand.intervene import intervened, partners
+from causal_compress.understand.intervene import intervened
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,7 +101,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class _Batch:
-    """One process's rows of a batch; `counted` says whose labels can be trusted: not those of changed inputs.
+    """One process's rows of a batch; `counted` says whose labels can be trusted (not those of intervened inputs).
 
     `key` names a batch that comes again, which is what `Course.answers` goes by.
     """
@@ -222,9 +222,8 @@ def _batches(course: Course, index: int) -> Iterator[_Batch]:
         label = f"distill {index + 1}/{course.section.epochs}"
         batches = progress(batches, label=label, total=course.steps_per_epoch)
     for number, (x, labels) in enumerate(batches):
-        masked = int(course.section.intervened_share * len(x))
-        rows = masked + int(course.section.mixed_share * (len(x) - masked))
-        seen = _blend(_intervene_on(x, masked, course, generator), masked, rows, generator)
+        rows = int(course.section.intervened_share * len(x))
+        seen = _intervene_on(x, rows, course, generator)
         key = None if course.section.views is None else (view, number)
         yield _own_rows(course, _Batch(seen, labels, torch.arange(len(x)) >= rows, key))
 
@@ -250,21 +249,6 @@ def _intervene_on(x: Tensor, rows: int, course: Course, generator: torch.Generat
         if len(part)
     ]
     return torch.cat([*masked, x[rows:]])
-
-
-def _blend(x: Tensor, start: int, stop: int, generator: torch.Generator) -> Tensor:
-    """The batch with rows start .. stop - 1 blended, in random shares, each with a row from start on (mixup).
-
-    A teacher says little between the inputs that it has learnt by heart; on blends of them it has to generalise, and
-    that is what the student is to learn.
-
-    Source: Zhang et al. 2018, arXiv:1710.09412; for distillation Beyer et al. 2022, arXiv:2106.05237.
-    """
-    if start == stop:
-        return x
-    others = x[start:][partners(len(x) - start, generator)[: stop - start]]
-    shares = torch.rand(stop - start, *[1] * (x.ndim - 1), generator=generator, dtype=x.dtype)
-    return torch.cat([x[:start], torch.lerp(x[start:stop], others, shares), x[stop:]])
 
 
 def _own_rows(course: Course, batch: _Batch) -> _Batch:

@@ -92,16 +92,11 @@ def baseline_values(
         case "mean" | "blur":
             return features.mean.to(x).expand_as(x)
         case "marginal":
-            return x[partners(len(x), generator).to(x.device)]
+            return x[_others(len(x), generator).to(x.device)]
 
 
-def partners(samples: int, generator: torch.Generator) -> Int[Tensor, " samples"]:
-    """Another input for each, by one random cycle through all of them: none meets itself, unless it is alone.
-
-    Args:
-        samples: Number of inputs.
-        generator: On the CPU.
-    """
+def _others(samples: int, generator: torch.Generator) -> Tensor:
+    # one random cycle through all inputs: a permutation in which no input meets itself
     order = torch.randperm(samples, generator=generator)
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
