@@ -5,7 +5,8 @@ The cost is MACs (--macs) and, where asked for, latency measured on ONNX Runtime
 A method makes a student of a Case; everything after that is the same for all. Batch norms are re-estimated on the
 calibration inputs where that lowers the output KL there; all recover by the same distillation; answers on the 10,000
 test images are read once for each student and kept in --work, which makes intervals paired. Rows that are there are not
-measured again. A method that can't reach the MACs has a row that says so.
+measured again, and rows of other seeds, methods or epochs that stand in the results stay there. A method that can't
+reach the MACs has a row that says so.
 """
 
 from __future__ import annotations
@@ -304,6 +305,7 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     given.work.mkdir(parents=True, exist_ok=True)
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
     content = {"schema": 1, "machine": machine(), "command": " ".join([f"python benchmarks/{script}.py", *shown])}
+    before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     rows: list[dict[str, Any]] = []
     for seed in given.seeds:
         for case, epochs, name in product(contests(given, seed), given.epochs, given.methods):
@@ -312,5 +314,22 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
                 rows.append({**row_of(given, case, name, methods[name], epochs), "seed": seed})
                 print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
         single = [row for one in given.seeds for row in compared([row for row in rows if row["seed"] == one])]
-        result = {**content, "rows": single, "over_seeds": pooled(rows)}
+        result = {**content, **together(before, single, pooled(rows))}
         atomic_write_text(given.out, json.dumps(result, indent=1) + "\n")
+
+
+def together(
+    before: Mapping[str, list[dict[str, Any]]], single: list[dict[str, Any]], over_seeds: list[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows and means, and those of earlier runs beside them; a mean gives way to one of as many seeds."""
+    kept = {_name(row): row for row in before.get("rows", [])}
+    kept |= {_name(row): {**row, "cpu": machine()["cpu"]} for row in single}
+    means = {_name(row): row for row in before.get("over_seeds", [])}
+    means |= {_name(row): row for row in over_seeds if row["seeds"] >= means.get(_name(row), {"seeds": 0})["seeds"]}
+    return {"rows": sorted(kept.values(), key=_name), "over_seeds": sorted(means.values(), key=_name)}
+
+
+def _name(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of; ours first among its like."""
+    method = row["method"]
+    return row["arch"], row["equal"] != "macs", row["recovery_epochs"], row.get("seed"), method != "ours", method

@@ -255,6 +255,7 @@ class SearchSection(Section):
 
     points: Positive = Field(5, description="shares of MACs that are tried at most")
     epochs: NonNegative = Field(2, description="of distillation at each; the first that fails, and the chosen, get all")
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = Field(0.5, description="that it holds; 0.975: aims at PASS")
 
 
 class ReportSection(Section):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from small_runs import digits_recipe, train
 
@@ -54,6 +54,29 @@ def test_the_search_closes_in_on_where_the_drop_begins(edge: float, points: int)
         assert chosen / edge <= max(1.07, (1.0 / 0.05) ** (0.5 ** (points - 1)) * 1.001)
     else:
         assert not found.met
+
+
+@given(st.floats(0.4, 3.0), st.floats(0.55, 0.95))
+def test_drops_within_reach_say_where_to_look_next(bend: float, edge: float) -> None:
+    """A convex curve that meets the limit at `edge`: three points come as near as five that halve the interval."""
+
+    def lost(share: float) -> float:
+        return ((1.0 / share) ** bend - 1.0) / ((1.0 / edge) ** bend - 1.0)
+
+    assume(lost(0.5) <= 4.0)
+    found = search(falling(lost), SearchSection(points=3), limit_pp=1.0, least=0.05)
+    assert found.met
+    assert edge * 0.999 <= found.points[found.chosen].asked_macs <= edge * 1.1
+
+
+@pytest.mark.parametrize(("confidence", "beyond"), [(0.5, 0.0), (0.84134, 0.102), (0.975, 0.2)])
+def test_a_search_that_has_to_be_surer_leaves_room_for_chance(confidence: float, beyond: float) -> None:
+    """Drops are known to 0.2 pp to both sides with 97.5 %, each."""
+    curve = falling(lambda share: 2.0 * (1.0 - share))
+    found = search(curve, SearchSection(points=9, confidence=confidence), limit_pp=0.5, least=0.05)
+    edge = 0.75 + beyond / 2.0
+    assert edge - 1e-3 <= found.points[found.chosen].asked_macs <= edge * 1.1
+    assert ("with the confidence asked for at most" in found.reason) == (confidence > 0.5)
 
 
 def test_where_nothing_holds_the_point_that_lost_least_is_kept() -> None:

@@ -6,6 +6,8 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import NormalDist
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, SearchSection
@@ -14,11 +16,16 @@ from causal_compress.results import Pareto, SearchPoint
 logger = logging.getLogger(__name__)
 
 Attempt = Callable[[float], SearchPoint | None]
+Feared = Callable[[SearchPoint], float]
+"""The drop [pp] that a point may not exceed: its own, or more, where the search has to be surer than that."""
 
 _FIRST = 0.5
 _NEAR = 1.06
 """Shares whose ratio is below this are not worth another point."""
 _SMALLEST = 1e-4
+_WITHIN_REACH = 4.0
+"""A drop of up to so many limits says where between two sizes the limit lies; a larger one says only that it does."""
+_LEAST_STEP = 0.1
 
 
 def searches(budget: BudgetSection) -> bool:
@@ -51,7 +58,11 @@ class _Size:
 def search(
     attempt: Attempt, section: SearchSection, *, limit_pp: float, least: float, in_full: Attempt | None = None
 ) -> Pareto:
-    """Bisect the share of MACs, on a logarithmic scale, by the drop that each point is expected to cost in the end.
+    """Close in on the limit, between a share that holds and one that fails, by the drop that each should end with.
+
+    The next share is where a straight line between both drops, over the logarithm of the share, meets the limit. Drops
+    rise faster and faster as networks shrink, so that share should hold, and few points are needed. Where a drop is far
+    beyond the limit, or not known, the interval is halved.
 
     The first point whose drop after a short recovery exceeds the limit is recovered in full as well. What is left of
     its drop then, as a share, is expected to be left of the other points' drops too. Nothing is chosen on such an
@@ -61,7 +72,7 @@ def search(
     Args:
         attempt: Compresses to a share of the teacher's MACs, recovers briefly, and measures on validation data; None
             where that can't be done, which counts as too small.
-        section: How many sizes at most.
+        section: How many sizes at most, and how sure the search has to be that the drop holds.
         limit_pp: Largest drop of accuracy [pp].
         least: Smallest share of MACs that any plan can reach.
         in_full: As `attempt`, recovered for all of the recipe's epochs; None: the short recovery is all there is.
@@ -76,6 +87,7 @@ def search(
     Limits: takes the drop to rise as the share falls; noise of a small validation split can mislead it by a step.
     """
     sizes: list[_Size] = []
+    feared = partial(_feared, confidence=section.confidence)
     fails, holds = min(max(least, _SMALLEST), 1.0), 1.0
     share = _rounded(max(_FIRST, math.sqrt(fails)))
     for _ in range(section.points):
@@ -83,22 +95,40 @@ def search(
         within = False
         if found is not None:
             sizes.append(_Size(found))
-            if in_full and _remains(sizes) is None and found.drop_pp > limit_pp:
+            if in_full and _remains(sizes) is None and found.drop_pp > 0 and feared(found) > limit_pp:
                 sizes[-1].recover(in_full)
             judged = sizes[-1].points(_remains(sizes))[-1]
-            within = judged.judged_pp <= limit_pp
+            within = feared(judged) <= limit_pp
             _tell(judged, within=within)
         fails, holds = (fails, share) if within else (share, holds)
-        if holds / fails < _NEAR:
+        share = _rounded(_next(sizes, (fails, holds), limit_pp, feared))
+        if min(holds / fails, (holds / share) ** 2) < _NEAR:  # halving reaches both at once
             break
-        share = _rounded(math.sqrt(fails * holds))
     if not sizes:
         raise BudgetError(
             "no size could be carried out",
-            found=f"{section.points} shares of MACs tried, the largest {share:.3f}",
+            found=f"{section.points} shares of MACs tried, the largest {fails:.3f}",
             remedy="set budget.macs to a larger share, or look at the warnings above",
         )
-    return _settled(sizes, limit_pp, in_full)
+    return _settled(sizes, limit_pp, in_full, feared)
+
+
+def _feared(point: SearchPoint, confidence: float) -> float:
+    """With this confidence the drop is no larger, as far as chance of validation inputs goes (normal)."""
+    low, high = point.drop_ci_pp
+    usual = NormalDist()
+    return point.judged_pp + (high - low) / 2 * usual.inv_cdf(confidence) / usual.inv_cdf(0.975)
+
+
+def _next(sizes: Sequence[_Size], ends: tuple[float, float], limit_pp: float, feared: Feared) -> float:
+    """The share between one that fails and one that holds at which the drop should reach the limit."""
+    fails, holds = ends
+    remains = _remains(sizes)
+    lost = {1.0: 0.0} | {size.short.asked_macs: feared(size.points(remains)[-1]) for size in sizes}
+    worst, part = lost.get(fails, math.inf), 0.5
+    if limit_pp < worst <= _WITHIN_REACH * limit_pp:
+        part = min(max((worst - limit_pp) / (worst - lost[holds]), _LEAST_STEP), 1.0 - _LEAST_STEP)
+    return fails * math.pow(holds / fails, part)
 
 
 def _rounded(share: float) -> float:
@@ -116,19 +146,19 @@ def _remains(sizes: Sequence[_Size]) -> float | None:
     return max(shares, default=None)
 
 
-def _settled(sizes: Sequence[_Size], limit_pp: float, in_full: Attempt | None) -> Pareto:
+def _settled(sizes: Sequence[_Size], limit_pp: float, in_full: Attempt | None, feared: Feared) -> Pareto:
     """The smallest size that holds; one that is only expected to is recovered in full before it counts."""
     while True:
         remains = _remains(sizes)
         points = [point for size in sizes for point in size.points(remains)]
-        pareto = _judged(points, limit_pp, remains)
+        pareto = _judged(points, limit_pp, remains, feared)
         chosen = points[pareto.chosen]
         size = next(size for size in sizes if size.short.asked_macs == chosen.asked_macs)
         if in_full is None or remains is None or not pareto.met or size.whole is not None:
             return pareto
         size.recover(in_full)
         judged = size.points(remains)[-1]
-        _tell(judged, within=judged.judged_pp <= limit_pp)
+        _tell(judged, within=feared(judged) <= limit_pp)
 
 
 def _tell(point: SearchPoint, *, within: bool) -> None:
@@ -144,15 +174,17 @@ def _tell(point: SearchPoint, *, within: bool) -> None:
     )
 
 
-def _judged(points: Sequence[SearchPoint], limit_pp: float, remains: float | None) -> Pareto:
-    within = [index for index, point in enumerate(points) if point.judged_pp <= limit_pp]
+def _judged(points: Sequence[SearchPoint], limit_pp: float, remains: float | None, feared: Feared) -> Pareto:
+    within = [index for index, point in enumerate(points) if feared(point) <= limit_pp]
     chosen = min(
         within or range(len(points)),
-        key=lambda index: (0.0 if within else points[index].judged_pp, points[index].macs, -points[index].epochs),
+        key=lambda index: (0.0 if within else feared(points[index]), points[index].macs, -points[index].epochs),
     )
     best = points[chosen]
     kind = "validation drop" if best.expected_drop_pp is None else "expected drop"
     text = f"{best.macs:.3f} of the MACs, {kind} {best.judged_pp:.2f} pp (n = {best.n:,})"
+    if feared(best) > best.judged_pp:
+        text += f", with the confidence asked for at most {feared(best):.2f} pp"
     return Pareto(
         points=tuple(points),
         front=front_of(points),
