@@ -95,7 +95,8 @@ def train(model: nn.Module, data: Data, seed: int) -> nn.Module:
         seed: Of the order of images.
     """
     steps = -(-len(data.train) // BATCH)
-    optimizer = torch.optim.SGD(model.train().parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True)
+    parameters = model.train().parameters()
+    optimizer = torch.optim.SGD(parameters, RATE, MOMENTUM, weight_decay=DECAY, nesterov=True, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, EPOCHS * steps, pct_start=0.2)
     for epoch in progress(range(EPOCHS), label="training the teacher", unit="epoch"):
         for x, y in data.train.batches(BATCH, shuffle_seed=1000 * seed + epoch, augment=True):

@@ -20,8 +20,8 @@ Feared = Callable[[SearchPoint], float]
 """The drop [pp] that a point may not exceed: its own, or more, where the search has to be surer than that."""
 
 _FIRST = 0.5
-_NEAR = 1.06
-"""Shares whose ratio is below this are not worth another point."""
+_NEAR = 1.1
+"""Shares whose ratio is below this are not worth another point: validation inputs don't tell such drops apart."""
 _SMALLEST = 1e-4
 _WITHIN_REACH = 4.0
 """A drop of up to so many limits says where between two sizes the limit lies; a larger one says only that it does."""
