@@ -157,6 +157,8 @@ def _widen_hidden(
         if site.norm is None:
             wide.bias = nn.Parameter(torch.cat(biases).to(wide.weight.dtype))
             return
+        if wide.bias is not None:  # the norm has all of it
+            wide.bias.zero_()
         fresh = fetch(part, site.norm)
         fresh.weight.copy_((fresh.running_var + fresh.eps).sqrt())
         fresh.bias.copy_(torch.cat(biases))
