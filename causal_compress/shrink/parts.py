@@ -123,9 +123,8 @@ def _like(layer: nn.Conv2d | nn.Linear, inputs: int, outputs: int) -> nn.Module:
         fresh: nn.Module = nn.Conv2d(inputs, outputs, kernel, bias=layer.bias is not None, **geometry)
     else:
         fresh = nn.Linear(inputs, outputs, bias=layer.bias is not None)
-    for (
-        parameter
-    ) in fresh.parameters():  # zeros are what the refit stays close to: no chance, so a resumed run is equal
+    # Zeros are what the refit stays close to: no chance, so a resumed run is equal.
+    for parameter in fresh.parameters():
         nn.init.zeros_(parameter)
     return fresh
 
