@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,9 @@ def main() -> None:
     print(rows[0], flush=True)
     rows.append(searched(given, given.out / "found", given.out / "refused"))
     print(rows[1], flush=True)
-    about = {
-        "cores_used": len(os.sched_getaffinity(0)),
-        "note": given.note,
-        "command": "python benchmarks/budget_search.py",
-    }
+    shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
+    command = shlex.join(["python", "benchmarks/budget_search.py", *shown])
+    about = {"note": given.note, "command": command}
     rows = [{"arch": "resnet20", "seed": given.seed, **row} for row in rows]
     atomic_write_text(
         given.result, json.dumps({"schema": 1, "machine": machine(), **about, "rows": rows}, indent=1) + "\n"
