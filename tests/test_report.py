@@ -145,6 +145,20 @@ def test_headline_names_accuracy_work_size_and_speed(html: str) -> None:
         assert text in top
 
 
+def test_a_speed_up_within_the_noise_is_called_no_difference() -> None:
+    card = sample().scorecard
+    assert card is not None
+    rows = tuple(
+        dataclasses.replace(row, speedup=1.07, speedup_ci=(0.98, 1.12)) if row.model == "student" else row
+        for row in card.rows
+    )
+    html = build_report(dataclasses.replace(sample(), scorecard=dataclasses.replace(card, rows=rows)))
+    top = html[: html.index('id="scorecard"')].replace("\u00a0", " ")
+    assert "speed-up 1.07×, 95 % interval 0.98 to 1.12" in top
+    assert "as fast" not in top
+    assert ", no difference</text>" in html  # beside its bar
+
+
 def test_missing_parts_are_said() -> None:
     html = build_report(dataclasses.replace(sample(), distilled=None, scorecard=None, disagreements=()))
     for text in ("NOT MEASURED", "No benchmark was run", "was not distilled", "Speed was not measured", "No examples"):

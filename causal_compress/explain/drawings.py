@@ -8,6 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
+from causal_compress.deploy.timing import speed_verdict
 from causal_compress.explain import figures, formats, map_figures
 from causal_compress.explain.svg import Caption
 from causal_compress.results import Effects, Epoch, Groups, Partition, Plan, Scorecard, ScoreRow
@@ -53,10 +54,17 @@ def latency(scorecard: Scorecard) -> Markup:
 
 def _latency_bar(row: ScoreRow) -> figures.Bar:
     student, median = row.model == "student", row.latency_ms_p50
-    speed = f", {formats.times(row.speedup)} as fast" if student else ""
+    speed = f", {speed_in_words(row)}" if student else ""
     label = f"{row.model.capitalize()}, {row.precision}"
     high = max(median, row.latency_ms_p95)
     return figures.Bar(label, median, median, high, formats.ms(median) + speed, student)
+
+
+def speed_in_words(student: ScoreRow) -> str:
+    """How fast a student is beside its teacher, as far as the interval says that there is a difference."""
+    if speed_verdict(*student.speedup_ci) == "no difference":
+        return "no difference"
+    return f"{formats.times(student.speedup)} as fast"
 
 
 def quickest(scorecard: Scorecard | None) -> tuple[tuple[ScoreRow, bool], ...]:

@@ -46,7 +46,7 @@ def latency_bars(caption: Caption, groups: Sequence[tuple[str, Sequence[Bar]]]) 
     Returns:
         SVG markup.
     """
-    parts, y, left, right = [], 0.0, 118.0, 700.0
+    parts, y, left, right = [], 0.0, 118.0, 640.0
     for heading, bars in groups:
         parts.append(svg.text(0, y + 14, heading, css="strong"))
         y += 24

@@ -105,10 +105,12 @@ def _ratio_line(name: str, amounts: tuple[int, int], unit: str, sure: str) -> He
 
 
 def _latency_line(before: ScoreRow, after: ScoreRow) -> Headline:
+    interval = f"95 % interval {formats.interval(*after.speedup_ci)}"
+    speed = drawings.speed_in_words(after)
     return Headline(
         name=f"Latency ({drawings.setting_name(after.runtime, after.batch, after.threads)})",
         before=formats.ms(before.latency_ms_p50),
         after=formats.ms(after.latency_ms_p50),
-        change=f"{formats.times(after.speedup)} as fast",
-        sure=f"95 % interval {formats.interval(*after.speedup_ci)}",
+        change=speed,
+        sure=interval if "fast" in speed else f"speed-up {formats.times(after.speedup)}, {interval}",
     )
