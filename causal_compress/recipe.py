@@ -1,8 +1,7 @@
 """Every knob: what one can ask for, with its default, its unit and its range.
 
-A recipe is one YAML file of sections. Unknown keys are refused with a "did you mean"; all faults are
-reported at once, each with file and line. `--set section.key=value` overrides a key after the file is read.
-Reading and writing the file is `recipe_file.py`'s work.
+A recipe is one YAML file of sections. Unknown keys are refused with a "did you mean"; all faults are reported at once,
+each with file and line. `--set section.key=value` overrides a key. `recipe_file.py` reads and writes the file.
 """
 
 from __future__ import annotations

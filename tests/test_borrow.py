@@ -124,21 +124,15 @@ def choice(network: Network, adapter: str | None, channels: int = 3, representat
     return Choice(sweep, 1, 2, representative, merge.adapter, part)
 
 
-def test_borrowed_channels_change_nothing_before_they_are_fitted() -> None:
-    network = traced(Residual(3))
-    x = site_activations(network, images(2, 1, 6))[0]
-    for representative in (1, 2, 3):
-        part = build_part(network, Merge(first=1, last=3, representative=representative, adapter="borrow"))
-        assert not isinstance(part, str)
-        with torch.no_grad():
-            assert torch.allclose(part(x), network.regions[representative].module(x), atol=1e-5)
-        assert len(fetch(part, f"blocks.{representative - 1}.conv1").weight) == 3 * 6
-
-
-def test_a_bias_before_a_batch_norm_counts_once() -> None:
-    model = Residual(3)
+def biased(model: Residual) -> Residual:
+    """Each first convolution with a bias of its own before its batch norm."""
     for block in model.blocks:
         block.conv1 = nn.Conv2d(block.conv1.in_channels, block.conv1.out_channels, 3, padding=1, bias=True)
+    return model
+
+
+@pytest.mark.parametrize("model", [Residual(3), biased(Residual(3))], ids=["no bias", "bias"])
+def test_borrowed_channels_change_nothing_before_they_are_fitted(model: Residual) -> None:
     network = traced(model)
     x = site_activations(network, images(2, 1, 6))[0]
     for representative in (1, 2, 3):
@@ -146,6 +140,7 @@ def test_a_bias_before_a_batch_norm_counts_once() -> None:
         assert not isinstance(part, str)
         with torch.no_grad():
             assert torch.allclose(part(x), network.regions[representative].module(x), atol=1e-5)
+        assert len(fetch(part, f"blocks.{representative - 1}.conv1").weight) == 3 * 6
 
 
 def test_features_that_lie_side_by_side_are_followed_exactly() -> None:
