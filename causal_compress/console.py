@@ -265,6 +265,8 @@ def show_plan(plan: Plan) -> None:
     )
     if plan.latency_measured is not None:
         tell(f"latency of the plan's network as timed here: {plan.latency_measured:.3f} of the teacher's")
+    if plan.size_bytes is not None:
+        tell(f"file of the plan's network: {plan.size_bytes:,} bytes")
     for skip in plan.skipped:
         tell(f"  left whole: {skip.what}: {skip.reason}")
 

@@ -245,6 +245,7 @@ class BudgetSection(Section):
 
     macs: Share | None = Field(None, description="largest share of the teacher's MACs")
     params: Share | None = Field(None, description="largest share of the teacher's parameters")
+    size_bytes: Positive | None = Field(None, description="largest ONNX file (with `quantize` the INT8 one) [bytes]")
     latency_ms: LatencySection | None = Field(None, description="largest share of the teacher's latency on a runtime")
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = Field(None, description="largest drop of accuracy [pp]")
 

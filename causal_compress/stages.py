@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
-from causal_compress.deploy.latency import covering, time_models
+from causal_compress.deploy.latency import covering
 from causal_compress.deploy.onnx import export
 from causal_compress.deploy.quantize import quantize
 from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown, seen_in_training
@@ -27,6 +26,7 @@ from causal_compress.explain.report import ReportInput, audited_later, bisected,
 from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import checkpoint_sha256
+from causal_compress.planning import decide
 from causal_compress.provenance import place
 from causal_compress.recipe import Recipe
 from causal_compress.recover.distill import distill, resolve_device
@@ -51,12 +51,10 @@ from causal_compress.results import (
 )
 from causal_compress.runs import Run, read_provenance, read_result
 from causal_compress.shrink.front import Front, fresh_front
-from causal_compress.shrink.latency import measure_latency, plan_for_latency
 from causal_compress.shrink.measure import measure
 from causal_compress.shrink.probe import Probe, draw_probe
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
-from causal_compress.shrink.rivals import plan_and_compare
 from causal_compress.shrink.surgery import Student, boundaries, save_weights
 from causal_compress.shrink.surgery import replay as replay_surgery
 from causal_compress.shrink.undo import whole_regions
@@ -164,34 +162,6 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
     settled = recipe if settle is None else settle(run, recipe, candidates, effects.chain.regions)
     plan = decide(run, settled, network, (candidates, effects, groups), probe)
     return Understood(data, network, teacher, effects, groups, candidates, plan, probe, recipe.plan.temperature)
-
-
-def decide(run: Run, recipe: Recipe, network: Network, known: tuple[Candidates, Effects, Groups], probe: Probe) -> Plan:
-    """The plan; with a budget on latency, from what each candidate takes on the runtime, timed here."""
-    depends = {
-        "candidates": run.key_of("candidates"),
-        "group": run.key_of("group"),
-        "budget": recipe.budget,
-        "plan": recipe.plan.model_dump(exclude=None if recipe.plan.undo else {"undo"}),
-    }
-    section = recipe.budget.latency_ms
-    if section is None:
-        depends |= {"rewrite": recipe.rewrite, "prune": recipe.prune}
-        return run.stage("plan", Plan, lambda _: plan_and_compare(network, known, recipe, probe), depends=depends)
-    timer = partial(time_models, section=section)
-    where = {"runtime": section.runtime, "batch": section.batch, "threads": section.threads, **place()}
-    table = run.stage(
-        "latency",
-        LatencyTable,
-        lambda _: measure_latency(network, known[0], section, timer),
-        depends={"candidates": run.key_of("candidates"), **where},
-    )
-    return run.stage(
-        "plan",
-        Plan,
-        lambda _: plan_for_latency(network, *known, recipe.budget, recipe.plan, table, timer),
-        depends={"latency": run.key_of("latency"), **depends},
-    )
 
 
 def probe_of(recipe: Recipe, data: Data) -> Probe:
@@ -311,7 +281,7 @@ def score(
     run: Run, recipe: Recipe, known: Understood, student: Student, files: tuple[Exported, Quantized | None]
 ) -> Scorecard:
     """Benchmark teacher, student and the student's INT8 form; the only place where the test split is read."""
-    section = recipe.benchmark if recipe.benchmark is None else covering(recipe.benchmark, recipe.budget.latency_ms)
+    section = None if recipe.benchmark is None else covering(recipe.benchmark, recipe.budget)
     if section is None:
         reasons = ("the benchmark was skipped (benchmark: null), so nothing was measured",)
         scorecard = Scorecard(verdict="INCONCLUSIVE", reasons=reasons, notes=(), rows=())

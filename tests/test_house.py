@@ -38,6 +38,7 @@ ROOM_OF = {
     "recipe_differences": "runs",
     "pipeline": "pipeline",
     "stages": "pipeline",
+    "planning": "pipeline",
     "searching": "pipeline",
     "afterwards": "pipeline",
     "explanations": "pipeline",

@@ -133,9 +133,10 @@ def test_another_budget_that_cannot_be_met_is_not_blamed_on_latency(known: Known
 
 def test_what_a_latency_budget_names_is_measured_too() -> None:
     section = BenchmarkSection(runtimes=["torch"], batches=[1, 64], threads=[2])
-    wider = covering(section, LatencySection(keep=0.5, batch=8))
+    wider = covering(section, BudgetSection(latency_ms=LatencySection(keep=0.5, batch=8)))
     assert (wider.runtimes, wider.batches, wider.threads) == (["torch", "onnxruntime"], [1, 64, 8], [2, 1])
-    assert covering(section, None) == section
+    assert covering(section, BudgetSection()) == section
+    assert covering(section, BudgetSection(size_bytes=1)).runtimes == ["torch", "onnxruntime"]
 
 
 def test_equal_parts_are_timed_once(known: Known) -> None:

@@ -16,7 +16,7 @@ from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.runtimes import OnnxRuntime
 from causal_compress.deploy.timing import time_in_turn, undisturbed
 from causal_compress.progress import progress
-from causal_compress.recipe import BenchmarkSection, LatencySection
+from causal_compress.recipe import BenchmarkSection, BudgetSection, LatencySection
 
 _ROUNDS = 400
 _SECONDS_EACH = 0.5
@@ -47,10 +47,13 @@ def time_models(models: Sequence[tuple[nn.Module, Tensor]], section: LatencySect
         return [undisturbed(taken) for taken in time_in_turn(calls, repeats=_ROUNDS, seconds=_SECONDS_EACH)]
 
 
-def covering(section: BenchmarkSection, limit: LatencySection | None) -> BenchmarkSection:
-    """What is measured, and beside it the runtime, batch size and threads that a budget on latency names."""
-    if limit is None:
-        return section
-    named = {"runtimes": limit.runtime, "batches": limit.batch, "threads": limit.threads}
+def covering(section: BenchmarkSection, budget: BudgetSection) -> BenchmarkSection:
+    """What is measured, and beside it what the budget asks about: the runtime, batch size and threads that a limit on
+    latency names, and an ONNX file where its size is limited.
+    """
+    limit = budget.latency_ms
+    named: dict[str, str | int] = {} if budget.size_bytes is None else {"runtimes": "onnxruntime"}
+    if limit is not None:
+        named |= {"runtimes": limit.runtime, "batches": limit.batch, "threads": limit.threads}
     wider = {key: list(dict.fromkeys([*getattr(section, key), value])) for key, value in named.items()}
     return section.model_copy(update=wider)

@@ -23,12 +23,12 @@ def verdict(rows: Sequence[ScoreRow], budget: BudgetSection) -> tuple[Verdict, t
 
     Args:
         rows: Teacher and student rows of one benchmark.
-        budget: Largest shares of MACs and parameters, largest drop of accuracy.
+        budget: Largest shares of MACs, parameters and latency, largest file, largest drop of accuracy.
 
     Returns:
         FAIL if a cost is missed or the whole 95 % interval of the drop lies above the limit; INCONCLUSIVE if the
         interval contains the limit; PASS otherwise. Reasons in plain words. The row with the largest drop counts;
-        latency is that of the INT8 row where there is one, since only a form that was chosen is measured.
+        latency and file are those of the INT8 row where there is one, since only a form that was chosen is measured.
     """
     judged = [*_judge_costs(rows, budget), *_judge_drop(rows, budget)]
     if not judged:
@@ -126,8 +126,19 @@ def _judge_costs(rows: Sequence[ScoreRow], budget: BudgetSection) -> Iterator[_J
         yield _judge_share("MACs", student.macs, teacher.macs, budget.macs)
     if budget.params is not None:
         yield _judge_share("parameters", student.params, teacher.params, budget.params)
+    if budget.size_bytes is not None:
+        yield _judge_size(rows, budget.size_bytes)
     if budget.latency_ms is not None:
         yield _judge_latency(rows, budget.latency_ms)
+
+
+def _judge_size(rows: Sequence[ScoreRow], limit: int) -> _Judged:
+    files = [row for row in rows if row.model == "student" and row.runtime == "onnxruntime"]
+    if not files:
+        return "INCONCLUSIVE", "the ONNX file was not measured: add onnxruntime to benchmark.runtimes"
+    student = max(files, key=lambda row: row.precision == "int8")
+    text = f"the ONNX file ({student.precision}) has {student.size_bytes:,} bytes; the budget allows {limit:,}"
+    return ("PASS", text) if student.size_bytes <= limit else ("FAIL", text + ": missed")
 
 
 def _judge_latency(rows: Sequence[ScoreRow], limit: LatencySection) -> _Judged:

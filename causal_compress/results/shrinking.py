@@ -128,13 +128,17 @@ class FrontPoint:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Plan:
-    """What will be done, decided before anything is touched; MACs, parameters, latency: shares of the teacher's."""
+    """What will be done, decided before anything is touched; MACs, parameters, latency: shares of the teacher's.
+
+    `size_bytes` is the file of the plan's network as it was written out, where the budget limits it.
+    """
 
     decisions: tuple[Decision, ...]
     macs: float
     params: float
     latency: float | None = None
     latency_measured: float | None = None
+    size_bytes: int | None = None
     predicted_harm_kl: float
     front: tuple[FrontPoint, ...]
     skipped: tuple[Skip, ...]

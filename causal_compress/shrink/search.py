@@ -30,7 +30,7 @@ _LEAST_STEP = 0.1
 
 def searches(budget: BudgetSection) -> bool:
     """Whether a budget leaves the size open: a limit on the drop of accuracy, and none on a cost."""
-    costs = (budget.macs, budget.params, budget.latency_ms)
+    costs = (budget.macs, budget.params, budget.size_bytes, budget.latency_ms)
     return budget.max_accuracy_drop is not None and all(cost is None for cost in costs)
 
 
