@@ -10,8 +10,9 @@ from causal_compress.provenance import place
 from causal_compress.recipe import BudgetSection, Recipe
 from causal_compress.results import Candidates, Effects, Groups, LatencyTable, Plan
 from causal_compress.runs import Run
-from causal_compress.shrink.filesize import Planner, plan_for_size
+from causal_compress.shrink.filesize import Params, Planner, plan_for_size
 from causal_compress.shrink.latency import measure_latency, plan_for_latency
+from causal_compress.shrink.plan import least_share
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.rivals import plan_and_compare
 from causal_compress.understand.trace import Network
@@ -49,10 +50,12 @@ def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: P
     eight = recipe.quantize is not None
     sizer = int8_bytes if eight else partial(onnx_bytes, example_input=network.example_input)
     each = INT8_BYTES if eight else FP32_BYTES
+    least = least_share("params", known[0], recipe.plan, known[1].chain.regions)
+    params = Params(known[0].params, least)
     return run.stage(
         "plan",
         Plan,
-        lambda _: plan_for_size(network, known[0].params, recipe.budget, planner, sizer, bytes_each=each),
+        lambda _: plan_for_size(network, params, recipe.budget, planner, sizer, bytes_each=each),
         depends={"bytes_each": each, **depends},
     )
 

@@ -17,7 +17,7 @@ from causal_compress.errors import BudgetError, NumericalError
 from causal_compress.recipe import DistillSection, Recipe
 from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint
 from causal_compress.runs import Run, open_run
-from causal_compress.shrink.plan import least_macs
+from causal_compress.shrink.plan import least_share
 from causal_compress.shrink.search import search, searches
 from causal_compress.shrink.surgery import Student
 from causal_compress.stages import Understood, recover, shrink_depth, shrink_width, understand
@@ -41,7 +41,7 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
             partial(_attempt_or_none, run.folder, recipe, short),
             recipe.search,
             limit_pp=limit,
-            least=least_macs(candidates, recipe.plan, regions),
+            least=least_share("macs", candidates, recipe.plan, regions),
             in_full=partial(_attempt_or_none, run.folder, recipe, full) if full > short else None,
         ),
         depends={

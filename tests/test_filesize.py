@@ -21,9 +21,9 @@ from causal_compress.pipeline import analyze, compress
 from causal_compress.recipe import BudgetSection, PlanSection
 from causal_compress.results import Candidates, Effects, Groups, Plan, Scorecard
 from causal_compress.runs import read_result
-from causal_compress.shrink.filesize import plan_for_size
+from causal_compress.shrink.filesize import Params, plan_for_size
 from causal_compress.shrink.latency import skeleton
-from causal_compress.shrink.plan import make_plan
+from causal_compress.shrink.plan import least_share, make_plan
 from causal_compress.understand.cost import count_params
 from causal_compress.understand.trace import Network, trace
 
@@ -42,7 +42,13 @@ class Known:
 
     def plan(self, sizer: Callable[[nn.Module], int], **budget: float) -> Plan:
         asked = BudgetSection.model_validate(budget)
-        return plan_for_size(self.network, self.measured[0].params, asked, self.planner, sizer, bytes_each=4)
+        params = Params(self.measured[0].params, self.least)
+        return plan_for_size(self.network, params, asked, self.planner, sizer, bytes_each=4)
+
+    @property
+    def least(self) -> float:
+        candidates, effects, _ = self.measured
+        return least_share("params", candidates, PlanSection(), effects.chain.regions)
 
     @property
     def whole(self) -> int:
@@ -92,7 +98,8 @@ def test_too_few_bytes_are_refused(known: Known, limit: int) -> None:
     with pytest.raises(BudgetError, match="the file's size") as raised:
         known.plan(by_hand, size_bytes=limit)
     assert f"budget.size_bytes: {limit:,}" in str(raised.value)
-    assert "smallest" in str(raised.value)
+    smallest = by_hand(skeleton(known.network, known.plan(by_hand, size_bytes=GRAPH + known.whole, params=known.least)))
+    assert f"smallest file of a plan that was tried has {smallest:,} bytes" in str(raised.value)
 
 
 def test_another_budget_that_cannot_be_met_is_named(known: Known) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,17 +16,25 @@ from causal_compress.understand.trace import Network
 
 logger = logging.getLogger(__name__)
 
-Planner = Callable[[BudgetSection], Plan]
-Sizer = Callable[[nn.Module], int]
-"""The size of a network's file [bytes]."""
-
 _ROUNDS = 5
 _CLOSE = 0.97
 _MARGIN = 0.998
 
+Planner = Callable[[BudgetSection], Plan]
+Sizer = Callable[[nn.Module], int]
+"""The size of a network's file [bytes]."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """A teacher's parameters: how many, and the smallest share of them that any plan can keep."""
+
+    number: int
+    least: float
+
 
 def plan_for_size(
-    network: Network, params: int, budget: BudgetSection, planner: Planner, sizer: Sizer, *, bytes_each: int
+    network: Network, params: Params, budget: BudgetSection, planner: Planner, sizer: Sizer, *, bytes_each: int
 ) -> Plan:
     """Plan within a number of bytes, as the file of the plan's network has them.
 
@@ -35,7 +43,7 @@ def plan_for_size(
 
     Args:
         network: The teacher.
-        params: Its parameters, of which plans keep a share.
+        params: The teacher's, and the smallest share of them that a plan can keep.
         budget: Its `size_bytes` says how large the file may be; all else in it holds beside it.
         planner: Plans for a budget without `size_bytes`.
         sizer: Writes networks; their weights do not matter to it.
@@ -49,11 +57,13 @@ def plan_for_size(
     """
     wanted = budget.size_bytes
     assert wanted is not None
-    whole, most = bytes_each * params, 1.0 if budget.params is None else budget.params
+    whole, most = bytes_each * params.number, 1.0 if budget.params is None else budget.params
     share, tried, met = wanted / whole, dict[float, int](), None
     for _ in range(_ROUNDS):
         try:
-            plan = planner(budget.model_copy(update={"size_bytes": None, "params": min(share, most)}))
+            plan = planner(
+                budget.model_copy(update={"size_bytes": None, "params": min(max(share, params.least), most)})
+            )
         except BudgetError as error:
             if met is None:
                 raise _out_of_reach(wanted, tried, error) from error
@@ -65,7 +75,7 @@ def plan_for_size(
         if size <= wanted and (met is None or plan.predicted_harm_kl < met.predicted_harm_kl):
             met = replace(plan, size_bytes=size)
         share = plan.params + (_MARGIN * wanted - size) / whole
-        if _CLOSE * wanted <= size <= wanted or share <= 0:
+        if _CLOSE * wanted <= size <= wanted:
             break
     if met is None:
         raise _out_of_reach(wanted, tried, None)

@@ -113,10 +113,17 @@ def make_plan(
     )
 
 
-def least_macs(candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]) -> float:
-    """The smallest share of the teacher's MACs that any plan can reach."""
+def least_share(
+    kind: Literal["macs", "params"], candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]
+) -> float:
+    """The smallest share of the teacher's MACs, or parameters, that any plan can reach."""
     rows, prices = allowed(candidates, price(candidates), section, whole_regions(section.undo, regions))
-    return front(rows, prices)[0].macs
+    return _least(kind, rows, prices)
+
+
+def _least(kind: Kind, candidates: Candidates, prices: Prices) -> float:
+    states, points = _sweep(candidates, prices, _mixtures([kind])[0])
+    return float(points[len(states) - 1].costs[0, KINDS.index(kind)])
 
 
 def limits_of(budget: BudgetSection) -> dict[Kind, float]:
@@ -180,10 +187,8 @@ def allowed(
 
 def _impossible(candidates: Candidates, prices: Prices, limits: Mapping[Kind, float]) -> BudgetError:
     words: dict[Kind, str] = {"macs": "MACs", "params": "parameters", "latency": "latency"}
-    least = []
-    for kind in dict.fromkeys([*limits, "macs", "params"]):
-        states, points = _sweep(candidates, prices, _mixtures([kind])[0])
-        least.append(f"{points[len(states) - 1].costs[0, KINDS.index(kind)]:.3f} of the {words[kind]}")
+    kinds: list[Kind] = list(dict.fromkeys([*limits, "macs", "params"]))
+    least = [f"{_least(kind, candidates, prices):.3f} of the {words[kind]}" for kind in kinds]
     keys = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
     return BudgetError(
         "no plan can meet the budget",
