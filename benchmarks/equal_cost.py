@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -223,7 +224,8 @@ def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epo
 
 def _stem(given: argparse.Namespace, case: Case, name: str, epochs: int) -> str:
     plain = name.replace(" ", "-").replace(",", "")
-    return f"{given.arch}-{case.equal}-{case.limit:g}-{plain}-{epochs}-{case.recipe.seed}"
+    own = f"-{hashlib.sha256(' '.join(given.settings).encode()).hexdigest()[:8]}" if given.settings else ""
+    return f"{given.arch}-{case.equal}-{case.limit:g}-{plain}-{epochs}-{case.recipe.seed}{own}"
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -292,7 +294,7 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     parser.add_argument("--weights", required=True, help="its public checkpoint")
     parser.add_argument("--data", required=True, help="npz with CIFAR-10")
     parser.add_argument("--work", type=Path, required=True, help="analyses and answers are kept here")
-    parser.add_argument("--macs", type=float, default=0.5, help="share that is kept")
+    parser.add_argument("--macs", type=float, default=0.5, help="share that is kept; another one wants another --out")
     parser.add_argument("--latency", type=float, help="beside it: share of the measured latency that is kept")
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -158,7 +158,8 @@ def taught(case: Case, variant: Variant, epochs: int, folder: Path, shipped: Pat
     arguments = {"seed": case.recipe.seed, "device": "cpu", "progress_dir": folder}
     with variant.changed():
         trained, _ = distill(case.student.graph, teacher, pairs, case.known.data, section, **arguments)
-    save_weights(trained, weights)
+    save_weights(trained, folder / "partial.safetensors")
+    (folder / "partial.safetensors").replace(weights)
     return trained
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from causal_compress.deploy.filesize import FP32_BYTES, INT8_BYTES, int8_bytes, onnx_bytes
+from causal_compress.deploy.filesize import bytes_each, sizer_for
 from causal_compress.deploy.latency import time_models
 from causal_compress.provenance import place
 from causal_compress.recipe import BudgetSection, Recipe
 from causal_compress.results import Candidates, Effects, Groups, LatencyTable, Plan
 from causal_compress.runs import Run
-from causal_compress.shrink.filesize import Params, Planner, plan_for_size
+from causal_compress.shrink.costs import FileCosts
+from causal_compress.shrink.filesize import Planner, file_costs, plan_for_size
 from causal_compress.shrink.latency import measure_latency, plan_for_latency
-from causal_compress.shrink.plan import least_share
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.rivals import plan_and_compare
 from causal_compress.understand.trace import Network
@@ -39,35 +39,33 @@ def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: P
         "budget": recipe.budget,
         "plan": recipe.plan.model_dump(exclude=None if recipe.plan.undo else {"undo"}),
     }
+    limited = recipe.budget.size_bytes is not None
+    sizer = sizer_for(recipe.quantize, network.example_input)
+    file = file_costs(network, sizer, bytes_each(recipe.quantize)) if limited else None
     if recipe.budget.latency_ms is None:
-        planner = _planner(recipe, network, known, probe)
+        planner = _planner(recipe, network, known, probe, file)
         depends |= {"rewrite": recipe.rewrite, "prune": recipe.prune}
     else:
-        planner = _planner_in_time(run, recipe, network, known)
+        planner = _planner_in_time(run, recipe, network, known, file)
         depends |= {"latency": run.key_of("latency")}
-    if recipe.budget.size_bytes is None:
+    if not limited:
         return run.stage("plan", Plan, lambda _: planner(recipe.budget), depends=depends)
-    eight = recipe.quantize is not None
-    sizer = int8_bytes if eight else partial(onnx_bytes, example_input=network.example_input)
-    each = INT8_BYTES if eight else FP32_BYTES
-    least = least_share("params", known[0], recipe.plan, known[1].chain.regions)
-    params = Params(known[0].params, least)
     return run.stage(
         "plan",
         Plan,
-        lambda _: plan_for_size(network, params, recipe.budget, planner, sizer, bytes_each=each),
-        depends={"bytes_each": each, **depends},
+        lambda _: plan_for_size(network, recipe.budget, planner, sizer),
+        depends={"bytes_each": bytes_each(recipe.quantize), **depends},
     )
 
 
-def _planner(recipe: Recipe, network: Network, known: Measured, probe: Probe) -> Planner:
+def _planner(recipe: Recipe, network: Network, known: Measured, probe: Probe, file: FileCosts | None) -> Planner:
     def planner(budget: BudgetSection) -> Plan:
-        return plan_and_compare(network, known, recipe.model_copy(update={"budget": budget}), probe)
+        return plan_and_compare(network, known, recipe.model_copy(update={"budget": budget}), probe, file)
 
     return planner
 
 
-def _planner_in_time(run: Run, recipe: Recipe, network: Network, known: Measured) -> Planner:
+def _planner_in_time(run: Run, recipe: Recipe, network: Network, known: Measured, file: FileCosts | None) -> Planner:
     section = recipe.budget.latency_ms
     assert section is not None
     timer = partial(time_models, section=section)
@@ -80,6 +78,6 @@ def _planner_in_time(run: Run, recipe: Recipe, network: Network, known: Measured
     )
 
     def planner(budget: BudgetSection) -> Plan:
-        return plan_for_latency(network, *known, budget, recipe.plan, table, timer)
+        return plan_for_latency(network, *known, budget, recipe.plan, table, timer, file)
 
     return planner

@@ -13,11 +13,11 @@ import torch
 
 from causal_compress.deploy.benchmark import Pair, count_agreement
 from causal_compress.deploy.runtimes import TorchRuntime
-from causal_compress.errors import BudgetError, NumericalError
+from causal_compress.errors import BudgetError, NumericalError, SurgeryError
 from causal_compress.recipe import DistillSection, Recipe
 from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint
 from causal_compress.runs import Run, open_run
-from causal_compress.shrink.plan import least_share
+from causal_compress.shrink.plan import least_macs
 from causal_compress.shrink.search import search, searches
 from causal_compress.shrink.surgery import Student
 from causal_compress.stages import Understood, recover, shrink_depth, shrink_width, understand
@@ -41,7 +41,7 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
             partial(_attempt_or_none, run.folder, recipe, short),
             recipe.search,
             limit_pp=limit,
-            least=least_share("macs", candidates, recipe.plan, regions),
+            least=least_macs(candidates, recipe.plan, regions),
             in_full=partial(_attempt_or_none, run.folder, recipe, full) if full > short else None,
         ),
         depends={
@@ -71,7 +71,7 @@ def _folder(folder: Path, share: float, epochs: int) -> Path:
 def _attempt_or_none(folder: Path, recipe: Recipe, epochs: int, share: float) -> SearchPoint | None:
     try:
         return attempt(folder, recipe, share, epochs)
-    except (BudgetError, NumericalError) as error:
+    except (BudgetError, NumericalError, SurgeryError) as error:
         logger.warning("search: %.3f of the MACs can't be carried out: %s", share, error.what)
         return None
 
@@ -89,7 +89,7 @@ def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPo
         known = understand(run, point, force=True)
         _, student = shrink_depth(run, point, known)
         log, student = shrink_width(run, point, known, student)
-        _, student = recover(run, point, known, student)
+        distilled, student = recover(run, point, known, student)
         drop, interval, n = validation_drop(known, student)
     return SearchPoint(
         asked_macs=share,
@@ -100,7 +100,7 @@ def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPo
         drop_ci_pp=interval,
         n=n,
         epochs=epochs,
-        seconds=time.perf_counter() - start,
+        seconds=max(time.perf_counter() - start, distilled.seconds if distilled else 0.0),  # it may have been cut off
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
+from causal_compress.deploy.faster import chosen_for_size
 from causal_compress.deploy.latency import covering
 from causal_compress.deploy.onnx import export
 from causal_compress.deploy.quantize import quantize
@@ -269,12 +270,14 @@ def shrink_bits(run: Run, recipe: Recipe, known: Understood, student: Student, e
     section = recipe.quantize
     if section is None:
         return None
-    return run.stage(
-        "quantize",
-        Quantized,
-        lambda scratch: quantize(student.graph, run.folder / exported.onnx, known.data, section, scratch),
-        depends={"export": run.key_of("export"), "quantize": section, **place()},
-    )
+    limit = recipe.budget.size_bytes
+
+    def work(scratch: Path) -> Quantized:
+        forms = quantize(student.graph, run.folder / exported.onnx, known.data, section, scratch)
+        return chosen_for_size(forms, limit)
+
+    depends = {"export": run.key_of("export"), "quantize": section, **place()}
+    return run.stage("quantize", Quantized, work, depends=depends | ({} if limit is None else {"size_bytes": limit}))
 
 
 def score(

@@ -123,7 +123,7 @@ def groups(regions: int) -> Groups:
 
 
 Price = tuple[float, float, float]
-BY_MACS, BY_PARAMS, BY_LATENCY = np.eye(len(KINDS))
+BY_MACS, BY_PARAMS, _, BY_LATENCY = np.eye(len(KINDS))
 
 
 def all_plans(known: Candidates, at: int = 0, share: float = 1.0) -> Iterator[tuple[Price, list[Candidate]]]:

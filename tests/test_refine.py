@@ -175,3 +175,15 @@ def test_steps_are_made_where_inputs_are_few(
     assert found == made
     if made:
         assert all(change.refined[1] <= change.refined[0] for change in changes if change.refined is not None)
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 4, 7])
+def test_few_chunks_are_enough_and_one_is_not(chunks: int) -> None:
+    teacher, inputs = block(), rows(chunks)
+    wanted = answers(teacher, inputs)
+    found = refine(disturbed(teacher, 0.1), inputs, wanted)
+    assert isinstance(found, Refined)
+    assert found.after < 0.2 * found.before
+    assert refine(disturbed(teacher, 0.1), inputs[:1], wanted[:1]) == (
+        "there is one chunk of calibration inputs, and none to hold out"
+    )

@@ -22,7 +22,7 @@ def probe_of(name):
 def offer(monkeypatch, merged, flat):
     """make_plan gives one plan where merges are allowed, the other where they are not."""
 
-    def plan(candidates, effects, groups, budget, section):
+    def plan(candidates, effects, groups, budget, section, file=None):
         found = merged if section.depth else flat
         if isinstance(found, Exception):
             raise found

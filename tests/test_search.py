@@ -143,11 +143,38 @@ def test_one_size_that_heals_completely_is_no_promise_for_smaller_ones() -> None
     assert found.remains == pytest.approx(0.5)
 
 
-def test_a_full_recovery_that_fails_leaves_the_short_one() -> None:
-    found = search(falling(lambda _: 2.0), SearchSection(points=2), limit_pp=1.0, least=0.1, in_full=lambda _: None)
+def test_a_size_that_cannot_be_recovered_in_full_is_never_chosen() -> None:
+    def in_full(share: float) -> SearchPoint | None:
+        return point(share, 0.5) if share > 0.6 else None
+
+    found = search(falling(lambda _: 2.0), SearchSection(points=4), limit_pp=1.0, least=0.1, in_full=in_full)
+    assert found.met
+    assert found.points[found.chosen].asked_macs > 0.6
+    assert all(p.asked_macs > 0.6 for p in found.points)
+    with pytest.raises(BudgetError, match="no size could be carried out"):
+        search(falling(lambda _: 2.0), SearchSection(points=2), limit_pp=1.0, least=0.1, in_full=lambda _: None)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.6, 50.0])
+def test_a_network_that_cannot_shrink_is_tried_once(drop: float) -> None:
+    found = search(falling(lambda _: drop), SearchSection(points=5), limit_pp=0.3, least=1.0)
+    assert [p.asked_macs for p in found.points] == [1.0]
+    assert found.met == (drop <= 0.3)
+
+
+def test_a_size_is_judged_by_its_full_recovery_and_not_by_the_narrower_interval_of_the_short_one() -> None:
+    def in_full(share: float) -> SearchPoint:
+        return replace(point(share, 0.6), drop_ci_pp=(0.0, 1.2), epochs=20)
+
+    section = SearchSection(points=1, confidence=0.975)
+    found = search(falling(lambda _: 1.0), section, limit_pp=0.9, least=0.5, in_full=in_full)
+    assert not found.met  # 0.6 + 0.6
+
+
+def test_where_nothing_can_be_told_the_largest_is_kept() -> None:
+    found = search(falling(lambda _: 5.0), SearchSection(points=4), limit_pp=1.0, least=0.05)
     assert not found.met
-    assert found.remains == 1.0
-    assert all(p.expected_drop_pp in (None, 2.0) for p in found.points)
+    assert found.points[found.chosen].asked_macs == max(p.asked_macs for p in found.points)
 
 
 def test_shares_have_four_digits_and_a_network_without_macs_can_be_searched() -> None:

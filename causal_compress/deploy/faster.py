@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from causal_compress.deploy.benchmark import Pair, time_interleaved
 from causal_compress.deploy.runtimes import OnnxRuntime
 from causal_compress.deploy.timing import compare_latencies, speed_verdict
 from causal_compress.recipe import QuantizeSection
-from causal_compress.results import QuantizedFile
+from causal_compress.results import Quantized, QuantizedFile
 
 Times = tuple[NDArray[np.float64], NDArray[np.float64]]
 Timer = Callable[[Path, Path, NDArray[np.float32], QuantizeSection], Times]
@@ -45,6 +46,24 @@ def choose(
             f"INT8 is not measurably faster than FP32 on this machine: {told}; its file is smaller, if that counts",
         )
     return "int8", f"INT8 is faster than FP32 on this machine: {told}"
+
+
+def chosen_for_size(quantized: Quantized, limit: int | None) -> Quantized:
+    """The same, with INT8 chosen where only that file is small enough for a budget, however fast it is.
+
+    Args:
+        quantized: The forms, and the choice by speed.
+        limit: Largest file [bytes]; None: any.
+    """
+    file = next((file for file in quantized.files if file.family == "cpu" and file.within_budget), None)
+    if limit is None or file is None or quantized.chosen == "int8":
+        return quantized
+    if not file.size_bytes <= limit < quantized.fp32_size_bytes:
+        return quantized
+    told = (
+        f"only INT8 is small enough: {file.size_bytes:,} bytes, FP32 {quantized.fp32_size_bytes:,}, {limit:,} allowed"
+    )
+    return replace(quantized, chosen="int8", reason=f"{told}. {quantized.reason}")
 
 
 def time_files(fp32: Path, int8: Path, x: NDArray[np.float32], section: QuantizeSection) -> Times:

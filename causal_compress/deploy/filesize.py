@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from causal_compress.deploy.onnx import export_onnx
+from causal_compress.deploy.qdq import FORMS, compact, insert, prepare
+from causal_compress.recipe import QuantizeSection
 
-FP32_BYTES = 4
-INT8_BYTES = 1
 _OPSET = 18
-_LAYER_BYTES = 1100
-"""Scales, zero points and nodes that an INT8 layer brings with it: 600 to 1,050 in files measured (LOG.md)."""
 
 
-def onnx_bytes(model: nn.Module, example_input: Tensor) -> int:
-    """Size of the FP32 file [bytes], by writing it.
+def in_int8(section: QuantizeSection | None) -> bool:
+    """Whether the file that a budget is about has 8 bits: the INT8 form for CPUs is made."""
+    return section is not None and "cpu" in section.families
+
+
+def bytes_each(section: QuantizeSection | None) -> int:
+    """What a weight takes in the file."""
+    return 1 if in_int8(section) else 4
+
+
+def sizer_for(section: QuantizeSection | None, example_input: Tensor) -> Callable[[nn.Module], int]:
+    """What tells the size of a network's file [bytes], by writing it.
+
+    Args:
+        section: Says whether there will be an INT8 form; None: there will not.
+        example_input: Two or more inputs.
+    """
+    return partial(file_bytes, example_input=example_input, eight=in_int8(section))
+
+
+def file_bytes(model: nn.Module, example_input: Tensor, *, eight: bool) -> int:
+    """Size of the FP32 or INT8 file [bytes].
 
     Args:
         model: The network; its weights do not matter.
         example_input: Two or more inputs.
+        eight: INT8, all layers, with ranges made up.
 
     Raises:
-        ExportError: the network can't be exported.
+        ExportError: the network can't be exported or quantized.
+
+    Limits: layers that quantizing leaves in FP32 for their accuracy make the file larger than foreseen here.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         export_onnx(model, example_input, path, opset=_OPSET)
-        return path.stat().st_size
-
-
-def int8_bytes(model: nn.Module) -> int:
-    """Size of the INT8 file [bytes], estimated, a little too high: quantizing takes weights and inputs.
-
-    Args:
-        model: The network; its weights do not matter.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    weights = sum(layer.weight.numel() for layer in layers)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - weights
-    return INT8_BYTES * weights + FP32_BYTES * rest + _LAYER_BYTES * len(layers)
+        if not eight:
+            return path.stat().st_size
+        prepared = prepare(path.read_bytes(), "cpu")
+    values = [*prepared.graph.input, *prepared.graph.value_info, *prepared.graph.output]
+    names = {value.name for value in values} | {name for node in prepared.graph.node for name in node.output}
+    return len(compact(insert(prepared, dict.fromkeys(names, (-1.0, 1.0)), FORMS["cpu"])))

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from causal_compress.results import Adapter, Candidate, Merge
 from causal_compress.shrink.borrow import borrowed_groups, fit_hidden, hidden_of, lent_values
 from causal_compress.shrink.channels import ChannelGroup
-from causal_compress.shrink.costs import layer_costs, part_costs
+from causal_compress.shrink.costs import layer_costs, part_costs, with_biases
 from causal_compress.shrink.repair import (
     Fitted,
     accumulate,
@@ -23,6 +23,7 @@ from causal_compress.shrink.repair import (
     masked,
     reader_equations,
     tail_equations,
+    without_bias,
     write_solution,
 )
 from causal_compress.shrink.widths import aligned, level_counts
@@ -87,7 +88,7 @@ class Choice:
         if adapter == "borrow":
             self._borrow()
         self.cut = sweep.widths.cuts.get(first - 1)
-        self.costs = layer_costs(part, sweep.heldout[0][:1])
+        self.costs = with_biases(layer_costs(part, sweep.heldout[0][:1]), without_bias(part))
         self.fitted: dict[str, Known] = {}
         self.paths: dict[str, dict[int, Tensor]] = {}
         self.error = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,23 @@ class LayerCost:
     bias: float
     scales: Literal["both", "out", "none"]
     outputs: int = 0
+
+
+@dataclass(frozen=True)
+class FileCosts:
+    """What an ONNX file consists of, as far as plans can tell; all in bytes.
+
+    Args:
+        each: What a parameter takes.
+        graph: What describes each region of the teacher.
+        layer: What one more layer takes.
+        whole: The teacher's file.
+    """
+
+    each: int
+    graph: tuple[float, ...]
+    layer: float
+    whole: int
 
 
 def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
@@ -69,6 +86,11 @@ def layer_costs(part: fx.GraphModule, x: Tensor) -> dict[str, LayerCost]:
     known = sum(cost.macs for cost in costs.values()), sum(cost.params + cost.bias for cost in costs.values())
     costs[""] = LayerCost(max(0.0, total[0] - known[0]), max(0.0, total[1] - known[1]), 0.0, "none")
     return costs
+
+
+def with_biases(costs: Mapping[str, LayerCost], layers: Collection[str]) -> dict[str, LayerCost]:
+    """The same where a refit gives some layers, which have none, a bias."""
+    return {path: replace(cost, bias=float(cost.outputs)) if path in layers else cost for path, cost in costs.items()}
 
 
 def part_costs(

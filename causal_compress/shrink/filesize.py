@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection
 from causal_compress.results import Plan
+from causal_compress.shrink.costs import FileCosts
 from causal_compress.shrink.latency import skeleton
+from causal_compress.understand.cost import count_params
 from causal_compress.understand.trace import Network
 
 logger = logging.getLogger(__name__)
-
-_ROUNDS = 5
-_CLOSE = 0.97
-_MARGIN = 0.998
 
 Planner = Callable[[BudgetSection], Plan]
 Sizer = Callable[[nn.Module], int]
 """The size of a network's file [bytes]."""
 
-
-@dataclass(frozen=True)
-class Params:
-    """A teacher's parameters: how many, and the smallest share of them that any plan can keep."""
-
-    number: int
-    least: float
+_ROUNDS = 5
+_CLOSE = 0.97
+_LEAST_STEP = 0.99  # plans differ by whole channels; a smaller step would often lead to the same one
+_FURTHER = 1.5
+"""How much more may be planned for where the costs of parts say that nothing fits; they can't tell exactly."""
 
 
-def plan_for_size(
-    network: Network, params: Params, budget: BudgetSection, planner: Planner, sizer: Sizer, *, bytes_each: int
-) -> Plan:
-    """Plan within a number of bytes, as the file of the plan's network has them.
-
-    A file is its parameters and what describes the graph; how much the latter is shows only when the network is there.
-    So a share of parameters is planned for, the network is written out, and the share is corrected by what it took.
+def file_costs(network: Network, sizer: Sizer, bytes_each: int) -> FileCosts:
+    """What the teacher's file consists of: parameters, and a graph that is shared out among regions by their nodes.
 
     Args:
         network: The teacher.
-        params: The teacher's, and the smallest share of them that a plan can keep.
-        budget: Its `size_bytes` says how large the file may be; all else in it holds beside it.
-        planner: Plans for a budget without `size_bytes`.
-        sizer: Writes networks; their weights do not matter to it.
+        sizer: Writes networks.
         bytes_each: What a parameter takes in such a file.
+    """
+    whole = sizer(network.graph)
+    nodes = [sum(node.op.startswith("call") for node in region.module.graph.nodes) for region in network.regions]
+    each = max(whole - bytes_each * count_params(network.graph), 0) / max(sum(nodes), 1)
+    return FileCosts(each=bytes_each, graph=tuple(each * count for count in nodes), layer=each, whole=whole)
+
+
+def plan_for_size(network: Network, budget: BudgetSection, planner: Planner, sizer: Sizer) -> Plan:
+    """Plan within a number of bytes, as the file of the plan's network has them.
+
+    What parts take of a file does not add up exactly, so the plan's network is written out and what is planned for is
+    corrected by what it took.
+
+    Args:
+        network: The teacher.
+        budget: Its `size_bytes` says how large the file may be; all else in it holds beside it.
+        planner: Plans for such a budget by what parts take.
+        sizer: Writes networks; their weights do not matter to it.
 
     Returns:
         The plan of least predicted harm among those tried whose file was small enough.
@@ -57,39 +64,45 @@ def plan_for_size(
     """
     wanted = budget.size_bytes
     assert wanted is not None
-    whole, most = bytes_each * params.number, 1.0 if budget.params is None else budget.params
-    share, tried, met = wanted / whole, dict[float, int](), None
+    fits, misses = 0.0, math.inf  # what was planned for
+    aim, sizes, met = float(wanted), list[int](), None
     for _ in range(_ROUNDS):
         try:
-            plan = planner(
-                budget.model_copy(update={"size_bytes": None, "params": min(max(share, params.least), most)})
-            )
-        except BudgetError as error:
-            if met is None:
-                raise _out_of_reach(wanted, tried, error) from error
+            plan = _planned(planner, budget, aim, first=not sizes)
+        except BudgetError:
+            if not sizes:
+                raise
             break
-        if plan.params in tried:
-            break
-        size = tried[plan.params] = sizer(skeleton(network, plan))
+        size = sizer(skeleton(network, plan))
         logger.info("plan: %.4f of the parameters make a file of %d bytes, %d allowed", plan.params, size, wanted)
         if size <= wanted and (met is None or plan.predicted_harm_kl < met.predicted_harm_kl):
             met = replace(plan, size_bytes=size)
-        share = plan.params + (_MARGIN * wanted - size) / whole
-        if _CLOSE * wanted <= size <= wanted:
+        if _CLOSE * wanted <= size <= wanted or (size in sizes and size <= wanted):
             break
+        sizes.append(size)
+        fits, misses = (max(fits, aim), misses) if size <= wanted else (fits, min(misses, aim))
+        aim *= min(wanted / size, _LEAST_STEP) if size > wanted else wanted / size
+        if not fits < aim < misses:
+            aim = math.sqrt(max(fits, 1.0) * misses) if math.isfinite(misses) else aim
     if met is None:
-        raise _out_of_reach(wanted, tried, None)
+        raise BudgetError(
+            "no plan can meet the budget on the file's size",
+            found=f"the smallest file of a plan that was tried has {min(sizes):,} bytes",
+            wanted=f"budget.size_bytes: {wanted:,}",
+            remedy="raise budget.size_bytes, add smaller values to plan.widths, raise plan.max_span or "
+            "plan.max_epsilon, or, if the file is FP32, set quantize: {} (in INT8 a weight takes a byte, not four)",
+        )
     return met
 
 
-def _out_of_reach(wanted: int, tried: Mapping[float, int], error: BudgetError | None) -> BudgetError:
-    found = [f"the smallest file of a plan that was tried has {min(tried.values()):,} bytes"] if tried else []
-    if error is not None and error.found:
-        found.append(error.found)
-    return BudgetError(
-        "no plan can meet the budget on the file's size",
-        found="; ".join(found),
-        wanted=f"budget.size_bytes: {wanted:,}",
-        remedy="raise budget.size_bytes, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, "
-        "or, if it is FP32, set quantize: {} (in INT8 a weight takes one byte instead of four)",
-    )
+def _planned(planner: Planner, budget: BudgetSection, aim: float, *, first: bool) -> Plan:
+    try:
+        return planner(budget.model_copy(update={"size_bytes": max(1, round(aim))}))
+    except BudgetError:
+        if not first:
+            raise
+        try:
+            return planner(budget.model_copy(update={"size_bytes": max(1, round(_FURTHER * aim))}))
+        except BudgetError:
+            pass
+        raise

@@ -20,10 +20,12 @@ from torch import Tensor, fx, nn
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, LatencySection, PlanSection
 from causal_compress.results import Candidate, Candidates, Effects, Factor, Groups, Keep, LatencyTable, Plan
+from causal_compress.shrink.costs import FileCosts
 from causal_compress.shrink.lowrank import split
 from causal_compress.shrink.parts import build_part
 from causal_compress.shrink.plan import make_plan
-from causal_compress.shrink.surgery import assemble, merge_of, merges_of, narrow
+from causal_compress.shrink.repair import without_bias
+from causal_compress.shrink.surgery import Student, add_biases, assemble, merge_of, merges_of, narrow
 from causal_compress.shrink.undo import is_whole
 from causal_compress.understand.graph import fetch, get_module
 from causal_compress.understand.tail import Tail, find_tail
@@ -145,6 +147,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
     section: PlanSection,
     table: LatencyTable,
     timer: Timer,
+    file: FileCosts | None = None,
 ) -> Plan:
     """Plan within a share of the teacher's latency as the runtime takes it for the whole network.
 
@@ -157,6 +160,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
         section: Whether depth and width may be used.
         table: What each candidate takes.
         timer: Runs networks on that runtime.
+        file: What an ONNX file consists of; needed with a budget on its size.
 
     Returns:
         The plan of least predicted harm among those tried whose whole network was fast enough.
@@ -170,7 +174,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
     for turn in range(_ROUNDS):
         aimed = budget.model_copy(update={"latency_ms": budget.latency_ms.model_copy(update={"keep": min(aim, 1.0)})})
         try:
-            plan = make_plan(candidates, effects, groups, aimed, section, table)
+            plan = make_plan(candidates, effects, groups, aimed, section, table, file)
         except BudgetError:
             if turn == 0:
                 raise
@@ -202,13 +206,17 @@ def _time_whole(network: Network, plan: Plan, timer: Timer) -> float:
 
 
 def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
-    """The network that a plan leads to, with any channels and unfitted weights.
+    """The network that a plan leads to, with any channels, unfitted weights, and all biases that refits may add.
 
     Args:
         network: The teacher; left as it is.
         plan: What merges and what narrows.
     """
     student = assemble(network, merges_of(plan))
+    biased = _biased(student, plan)
+    add_biases(student.graph, biased)
+    for layer in biased:  # the exporter leaves zeros out, and keeps equal tensors once
+        nn.init.uniform_(fetch(student.graph, layer).bias)
     keeps: dict[str, int] = {}
     for index, decision in enumerate(plan.decisions):
         keeps |= decision.candidate.widths
@@ -221,6 +229,13 @@ def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
     for factor in (factor for decision in plan.decisions for factor in factors_of(decision.candidate)):
         split([student.graph], factor)
     return student.graph
+
+
+def _biased(student: Student, plan: Plan) -> list[str]:
+    """Layers without a bias or a batch norm from the first change on: what follows a change is refitted as well."""
+    changed = [index for index, decision in enumerate(plan.decisions) if decision.kind != "keep"]
+    parts = student.parts[changed[0] :] if changed else ()
+    return [layer for part in parts for layer in without_bias(part)]
 
 
 def factors_of(row: Candidate) -> list[Factor]:

@@ -2,7 +2,7 @@
 
 A state is a cut point and the share of its channels that stays. A candidate leads from one state to another; its harm
 is what was measured for it alone, and the harm of a plan is predicted as their sum. What a plan costs is exchangeable:
-MACs, parameters, or latency measured on a runtime, each as a share of the teacher's.
+MACs, parameters, bytes of the file, or latency measured on a runtime, each as a share of the teacher's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from causal_compress.results import (
     RegionInfo,
     Skip,
 )
+from causal_compress.shrink.costs import FileCosts
 from causal_compress.shrink.undo import leaves_whole, whole_regions
 from causal_compress.understand.group import same_node_share
 
@@ -39,8 +40,9 @@ DEFAULT_MACS = 0.5
 _TRADE_STEPS = 4
 _FRONT_POINTS = 60
 
-Kind = Literal["macs", "params", "latency"]
-KINDS: tuple[Kind, ...] = ("macs", "params", "latency")
+Kind = Literal["macs", "params", "bytes", "latency"]
+KINDS: tuple[Kind, ...] = ("macs", "params", "bytes", "latency")
+_BYTES, _LATENCY = KINDS.index("bytes"), KINDS.index("latency")
 State = tuple[int, float]
 Costs = NDArray[np.float64]
 
@@ -62,13 +64,14 @@ class _Points:
     back: NDArray[np.int64]
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913  (what was measured, what is asked for, and what its two further costs are)
     candidates: Candidates,
     effects: Effects,
     groups: Groups,
     budget: BudgetSection,
     section: PlanSection,
     latency: LatencyTable | None = None,
+    file: FileCosts | None = None,
 ) -> Plan:
     """Choose the candidates that meet the budget with the least predicted harm.
 
@@ -76,9 +79,11 @@ def make_plan(
         candidates: Everything that was measured.
         effects: ACE and CKA, as evidence.
         groups: The chosen causal nodes, as evidence.
-        budget: Largest shares of MACs, parameters and latency; with none, half the MACs are planned for.
+        budget: Largest shares of MACs, parameters and latency, and largest file; with none, half the MACs are planned
+            for.
         section: Whether depth and width may be used.
         latency: What each candidate takes on the runtime of `budget.latency_ms`; needed with that budget.
+        file: What an ONNX file consists of; needed with a budget on its size.
 
     Raises:
         BudgetError: no combination of candidates is small enough; says what is possible.
@@ -86,15 +91,15 @@ def make_plan(
     Limits: exact with one kind of cost in the budget; with several, partial plans are compared by a few fixed mixtures
         of them, and the best plan may be missed by a little.
     """
-    limits = limits_of(budget)
-    prices = price(candidates, latency)
+    limits = limits_of(budget, file)
+    prices = price(candidates, latency, file)
     whole = whole_regions(section.undo, effects.chain.regions)
     candidates, prices = allowed(candidates, prices, section, whole)
     mixtures = _mixtures(list(limits))
     paths = [best_path(candidates, prices, mixture, limits) for mixture in mixtures]
     met = [path for path in paths if path is not None]
     if not met:
-        raise _impossible(candidates, prices, limits)
+        raise _impossible(candidates, prices, limits, file)
     chosen = min(met, key=lambda path: sum(candidates.rows[position].harm_kl for position in path))
     decisions = _decisions([candidates.rows[position] for position in chosen], candidates, effects, groups)
     kept = np.array([decision.outputs_kept for decision in decisions])[:, None]
@@ -103,7 +108,7 @@ def make_plan(
         decisions=decisions,
         macs=sum(d.macs_after for d in decisions) / candidates.macs,
         params=sum(d.params_after for d in decisions) / candidates.params,
-        latency=None if latency is None else float(shares[KINDS.index("latency")]),
+        latency=None if latency is None else float(shares[_LATENCY]),
         predicted_harm_kl=sum(d.predicted_harm_kl for d in decisions),
         front=front(candidates, prices),
         skipped=(
@@ -113,12 +118,10 @@ def make_plan(
     )
 
 
-def least_share(
-    kind: Literal["macs", "params"], candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]
-) -> float:
-    """The smallest share of the teacher's MACs, or parameters, that any plan can reach."""
+def least_macs(candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]) -> float:
+    """The smallest share of the teacher's MACs that any plan can reach."""
     rows, prices = allowed(candidates, price(candidates), section, whole_regions(section.undo, regions))
-    return _least(kind, rows, prices)
+    return _least("macs", rows, prices)
 
 
 def _least(kind: Kind, candidates: Candidates, prices: Prices) -> float:
@@ -126,31 +129,42 @@ def _least(kind: Kind, candidates: Candidates, prices: Prices) -> float:
     return float(points[len(states) - 1].costs[0, KINDS.index(kind)])
 
 
-def limits_of(budget: BudgetSection) -> dict[Kind, float]:
+def limits_of(budget: BudgetSection, file: FileCosts | None = None) -> dict[Kind, float]:
     """The largest share of each cost; half the MACs where the budget names no cost."""
     latency = None if budget.latency_ms is None else budget.latency_ms.keep
-    given: dict[Kind, float | None] = {"macs": budget.macs, "params": budget.params, "latency": latency}
+    size = None if budget.size_bytes is None or file is None else budget.size_bytes / file.whole
+    given: dict[Kind, float | None] = {
+        "macs": budget.macs,
+        "params": budget.params,
+        "bytes": size,
+        "latency": latency,
+    }
     limits = {kind: share for kind, share in given.items() if share is not None}
     return limits or {"macs": DEFAULT_MACS}
 
 
-def price(candidates: Candidates, latency: LatencyTable | None = None) -> Prices:
+def price(candidates: Candidates, latency: LatencyTable | None = None, file: FileCosts | None = None) -> Prices:
     """What each candidate costs, as shares of the teacher's cost.
 
     Args:
         candidates: Everything that was measured.
         latency: Milliseconds of each; None: latencies are 0.
+        file: What an ONNX file consists of; None: files have no size.
     """
     fixed = np.zeros((len(candidates.rows), len(KINDS)))
     out = np.zeros_like(fixed)
     for position, row in enumerate(candidates.rows):
         fixed[position, :2] = row.macs_fixed / max(candidates.macs, 1), row.params_fixed / max(candidates.params, 1)
         out[position, :2] = row.macs_out / max(candidates.macs, 1), row.params_out / max(candidates.params, 1)
+        if file is not None:
+            graph = file.graph[row.representative] + file.layer * len(row.ranks)
+            fixed[position, _BYTES] = (file.each * row.params_fixed + graph) / file.whole
+            out[position, _BYTES] = file.each * row.params_out / file.whole
         if latency is not None:
             # Latency was measured at full output width; what a narrower output saves is taken to follow the MACs.
             share = latency.ms[position] / latency.teacher_ms
             scaling = row.macs_out / max(row.macs_out + row.macs_fixed, 1e-300)
-            fixed[position, 2], out[position, 2] = share * (1 - scaling), share * scaling
+            fixed[position, _LATENCY], out[position, _LATENCY] = share * (1 - scaling), share * scaling
     return Prices(fixed, out)
 
 
@@ -185,15 +199,21 @@ def allowed(
     return replace(candidates, rows=rows), Prices(prices.fixed[chosen], prices.out[chosen])
 
 
-def _impossible(candidates: Candidates, prices: Prices, limits: Mapping[Kind, float]) -> BudgetError:
-    words: dict[Kind, str] = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+def _impossible(
+    candidates: Candidates, prices: Prices, limits: Mapping[Kind, float], file: FileCosts | None
+) -> BudgetError:
+    words: dict[Kind, str] = {"macs": "MACs", "params": "parameters", "bytes": "file", "latency": "latency"}
+    keys: dict[Kind, str] = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
     kinds: list[Kind] = list(dict.fromkeys([*limits, "macs", "params"]))
     least = [f"{_least(kind, candidates, prices):.3f} of the {words[kind]}" for kind in kinds]
-    keys = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
+    asked = [f"{keys[kind]}: {limit:g}" for kind, limit in limits.items() if kind != "bytes"]
+    if file is not None and "bytes" in limits:
+        least[kinds.index("bytes")] = f"about {_least('bytes', candidates, prices) * file.whole:,.0f} bytes"
+        asked.append(f"budget.size_bytes: {limits['bytes'] * file.whole:,.0f}")
     return BudgetError(
         "no plan can meet the budget",
         found=f"the smallest possible plans keep {', '.join(least)}",
-        wanted=", ".join(f"{keys[kind]}: {limit:g}" for kind, limit in limits.items()),
+        wanted=", ".join(asked),
         remedy="raise the budget, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, "
         "lower plan.align, or check plan.include and plan.exclude",
     )

@@ -43,11 +43,12 @@ class Refined:
 def refine(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Refined | str | None:
     """Move all weights of a part so that its output comes nearer to what is wanted (in place).
 
-    Steps are taken only where they lower the error on held-out chunks (every fourth), so a part never gets worse.
+    Steps are taken only where they lower the error on held-out chunks (every fourth, the last of fewer), so a part
+    never gets worse.
 
     Args:
         part: In evaluation mode, batch norms with statistics of their own.
-        inputs: Chunks that enter it, four or more.
+        inputs: Chunks that enter it, two or more.
         wanted: For each chunk what shall come out.
 
     Returns:
@@ -55,8 +56,10 @@ def refine(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Tens
     """
     weights: dict[str, Tensor] = {name: value for name, value in part.named_parameters() if value.is_floating_point()}
     size = sum(value.numel() for value in weights.values())
-    if len(affine_layers(part)) < 2 or len(inputs) < HELD_OUT_EVERY:
+    if len(affine_layers(part)) < 2:
         return None
+    if len(inputs) < 2:
+        return "there is one chunk of calibration inputs, and none to hold out"
     if size > MOST_WEIGHTS:
         return f"{size} weights are too many (limit {MOST_WEIGHTS})"
     train, heldout = _chunks(part, inputs, wanted)
@@ -97,7 +100,8 @@ def _chunks(part: fx.GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Ten
     pairs = list(zip(inputs, wanted, strict=True))[:needed]
     most = max(1, int(MOST_BYTES / (_bytes(part, inputs[0][:1]) * len(pairs))))
     pairs = [(x[:most], y[:most]) for x, y in pairs]
-    held = [index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for index in range(len(pairs))]
+    last = min(HELD_OUT_EVERY, len(pairs)) - 1
+    held = [index % HELD_OUT_EVERY == last for index in range(len(pairs))]
     split = {out: [pair for pair, mine in zip(pairs, held, strict=True) if mine == out] for out in (False, True)}
     return split[False], split[True]
 

@@ -57,6 +57,12 @@ def find_site(part: fx.GraphModule, layer: str) -> Site:
     return Site(layer, None, node.all_input_nodes[0], node)
 
 
+def without_bias(part: fx.GraphModule) -> list[str]:
+    """Layers of a part to which a refit adds a bias: they have none, and no batch norm behind them could take it."""
+    found = [layer for layer in affine_layers(part) if fetch(part, layer).bias is None]
+    return [layer for layer in found if find_site(part, layer).norm is None]
+
+
 @dataclass(frozen=True)
 class Rectified:
     """What a refit before a rectifier knows from the plain one before it: the rectifier's ceiling, and the sums."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import Recipe
 from causal_compress.results import Candidates, Effects, Groups, Plan, Skip
+from causal_compress.shrink.costs import FileCosts
 from causal_compress.shrink.front import fresh_front
 from causal_compress.shrink.plan import make_plan
 from causal_compress.shrink.probe import Probe
@@ -19,7 +20,13 @@ NEAR = 1.5
 INPUTS = 512
 
 
-def plan_and_compare(network: Network, known: tuple[Candidates, Effects, Groups], recipe: Recipe, probe: Probe) -> Plan:
+def plan_and_compare(
+    network: Network,
+    known: tuple[Candidates, Effects, Groups],
+    recipe: Recipe,
+    probe: Probe,
+    file: FileCosts | None = None,
+) -> Plan:
     """The plan of least predicted harm; where it merges, the better of it and of one without merges.
 
     The two are compared by the output KL of their students on held-out inputs, after a surgery on fewer inputs. A plan
@@ -30,12 +37,13 @@ def plan_and_compare(network: Network, known: tuple[Candidates, Effects, Groups]
         known: What was measured.
         recipe: Its budget, and how plans are carried out.
         probe: Inputs for the refits and for reading harm.
+        file: What an ONNX file consists of; needed with a budget on its size.
 
     Raises:
         BudgetError: no plan can meet the budget.
     """
-    best = make_plan(*known, recipe.budget, recipe.plan)
-    rival = _without_merges(best, known, recipe)
+    best = make_plan(*known, recipe.budget, recipe.plan, file=file)
+    rival = _without_merges(best, known, recipe, file)
     if rival is None:
         return best
     both, names = (best, rival), ("the plan with merges", "the plan without merges")
@@ -45,12 +53,14 @@ def plan_and_compare(network: Network, known: tuple[Candidates, Effects, Groups]
     return replace(both[winner], skipped=(*both[winner].skipped, Skip(what=names[1 - winner], reason=told)))
 
 
-def _without_merges(best: Plan, known: tuple[Candidates, Effects, Groups], recipe: Recipe) -> Plan | None:
+def _without_merges(
+    best: Plan, known: tuple[Candidates, Effects, Groups], recipe: Recipe, file: FileCosts | None
+) -> Plan | None:
     merges = any(decision.candidate.first != decision.candidate.last for decision in best.decisions)
     if not merges or not (recipe.plan.width or recipe.plan.low_rank):
         return None
     try:
-        rival = make_plan(*known, recipe.budget, recipe.plan.model_copy(update={"depth": False}))
+        rival = make_plan(*known, recipe.budget, recipe.plan.model_copy(update={"depth": False}), file=file)
     except BudgetError:
         return None
     return rival if rival.predicted_harm_kl <= NEAR * best.predicted_harm_kl else None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from statistics import NormalDist
 
 from causal_compress.errors import BudgetError
@@ -40,17 +41,21 @@ class _Size:
 
     short: SearchPoint
     whole: SearchPoint | None = None
+    impossible: bool = False
 
     def recover(self, in_full: Attempt) -> None:
-        """Where a full recovery can't be carried out, the short one is all there is."""
-        self.whole = in_full(self.short.asked_macs) or self.short
+        """A size that can't be recovered in full could not be delivered: it has no points from then on."""
+        self.whole = in_full(self.short.asked_macs)
+        self.impossible = self.whole is None
 
     def points(self, remains: float | None) -> list[SearchPoint]:
-        """Its points, the short one with the drop that is expected in the end."""
+        """Its points, the short one with the drop that is expected in the end; the last of them is what counts."""
         short, whole = self.short, self.whole
-        if whole is not None and whole is not short:
+        if self.impossible:
+            return []
+        if whole is not None:
             return [replace(short, expected_drop_pp=whole.drop_pp), whole]
-        if remains is None or whole is short or short.drop_pp <= 0:
+        if remains is None or short.drop_pp <= 0:
             return [short]
         return [replace(short, expected_drop_pp=remains * short.drop_pp)]
 
@@ -97,19 +102,15 @@ def search(
             sizes.append(_Size(found))
             if in_full and _remains(sizes) is None and found.drop_pp > 0 and feared(found) > limit_pp:
                 sizes[-1].recover(in_full)
-            judged = sizes[-1].points(_remains(sizes))[-1]
-            within = feared(judged) <= limit_pp
-            _tell(judged, within=within)
+            for judged in sizes[-1].points(_remains(sizes))[-1:]:
+                within = feared(judged) <= limit_pp
+                _tell(judged, within=within)
         fails, holds = (fails, share) if within else (share, holds)
+        if fails >= holds:  # nothing lies between: not even the largest size holds, or it is the only one
+            break
         share = _rounded(_next(sizes, (fails, holds), limit_pp, feared))
         if min(holds / fails, (holds / share) ** 2) < _NEAR:  # halving reaches both at once
             break
-    if not sizes:
-        raise BudgetError(
-            "no size could be carried out",
-            found=f"{section.points} shares of MACs tried, the largest {fails:.3f}",
-            remedy="set budget.macs to a larger share, or look at the warnings above",
-        )
     return _settled(sizes, limit_pp, in_full, feared)
 
 
@@ -124,7 +125,8 @@ def _next(sizes: Sequence[_Size], ends: tuple[float, float], limit_pp: float, fe
     """The share between one that fails and one that holds at which the drop should reach the limit."""
     fails, holds = ends
     remains = _remains(sizes)
-    lost = {1.0: 0.0} | {size.short.asked_macs: feared(size.points(remains)[-1]) for size in sizes}
+    known = {size.short.asked_macs: size.points(remains) for size in sizes}
+    lost = {1.0: 0.0} | {share: feared(points[-1]) for share, points in known.items() if points}
     worst, part = lost.get(fails, math.inf), 0.5
     if limit_pp < worst <= _WITHIN_REACH * limit_pp:
         part = min(max((worst - limit_pp) / (worst - lost[holds]), _LEAST_STEP), 1.0 - _LEAST_STEP)
@@ -148,17 +150,21 @@ def _remains(sizes: Sequence[_Size]) -> float | None:
 
 def _settled(sizes: Sequence[_Size], limit_pp: float, in_full: Attempt | None, feared: Feared) -> Pareto:
     """The smallest size that holds; one that is only expected to is recovered in full before it counts."""
-    while True:
+    while any(not size.impossible for size in sizes):
         remains = _remains(sizes)
-        points = [point for size in sizes for point in size.points(remains)]
-        pareto = _judged(points, limit_pp, remains, feared)
-        chosen = points[pareto.chosen]
+        pareto = _judged([found for size in sizes if (found := size.points(remains))], limit_pp, remains, feared)
+        chosen = pareto.points[pareto.chosen]
         size = next(size for size in sizes if size.short.asked_macs == chosen.asked_macs)
         if in_full is None or remains is None or not pareto.met or size.whole is not None:
             return pareto
         size.recover(in_full)
-        judged = size.points(remains)[-1]
-        _tell(judged, within=feared(judged) <= limit_pp)
+        for judged in size.points(remains)[-1:]:
+            _tell(judged, within=feared(judged) <= limit_pp)
+    raise BudgetError(
+        "no size could be carried out",
+        found=f"{len(sizes)} shares of MACs could be cut out, and none of them recovered in full",
+        remedy="set budget.macs to a larger share, or look at the warnings above",
+    )
 
 
 def _tell(point: SearchPoint, *, within: bool) -> None:
@@ -174,12 +180,15 @@ def _tell(point: SearchPoint, *, within: bool) -> None:
     )
 
 
-def _judged(points: Sequence[SearchPoint], limit_pp: float, remains: float | None, feared: Feared) -> Pareto:
-    within = [index for index, point in enumerate(points) if feared(point) <= limit_pp]
-    chosen = min(
-        within or range(len(points)),
-        key=lambda index: (0.0 if within else feared(points[index]), points[index].macs, -points[index].epochs),
-    )
+def _judged(sizes: Sequence[Sequence[SearchPoint]], limit_pp: float, remains: float | None, feared: Feared) -> Pareto:
+    """The smallest size within the limit, by its last point; the one that lost least, where none is."""
+    points = [point for size in sizes for point in size]
+    last = [end - 1 for end in accumulate(map(len, sizes))]
+    within = [index for index in last if feared(points[index]) <= limit_pp]
+    if within:
+        chosen = min(within, key=lambda index: points[index].macs)
+    else:
+        chosen = min(last, key=lambda index: (feared(points[index]), -points[index].macs))
     best = points[chosen]
     kind = "validation drop" if best.expected_drop_pp is None else "expected drop"
     text = f"{best.macs:.3f} of the MACs, {kind} {best.judged_pp:.2f} pp (n = {best.n:,})"
