@@ -188,23 +188,24 @@ def test_verdicts_on_size(finished: tuple[Path, int, Scorecard]) -> None:
     assert verdict(elsewhere, BudgetSection(size_bytes=size))[0] == "INCONCLUSIVE"
 
 
-def test_biases_that_refits_add_are_planned_for(tmp_path: Path) -> None:
-    """A file right at its limit: without the biases that the refits add it would be missed by some bytes."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("budget", [{"size_bytes": 10_500}, {"params": 0.4}], ids=["size", "params"])
+def test_biases_that_refits_add_are_planned_for(tmp_path: Path, budget: dict[str, float]) -> None:
+    """Plans right at their limit: without the biases that refits add it would be missed by a few."""
     arch = {"arch": f"{BIASLESS}:biasless", "args": {}}
     base = digits_recipe(None)
     recipe = base.model_copy(update={"model": base.model.model_copy(update=arch)})
     weights = train(recipe, tmp_path / "weights.safetensors", epochs=2)
-    network = trace(build_model(recipe.model), load_data(recipe.data, seed=0).example_input)
-    limit = int(0.6 * file_bytes(network.graph, network.example_input, eight=False))
-    budget = {"macs": None, "size_bytes": limit, "max_accuracy_drop": None}
-    made = digits_recipe(weights, model={**arch, "weights": str(weights)}, budget=budget, distill=None)
-    scorecard = compress(made, tmp_path / "run").scorecard
-    size = (tmp_path / "run" / "model.onnx").stat().st_size
-    planned = read_result(tmp_path / "run", "plan", Plan).size_bytes
-    assert planned is not None
-    assert size <= planned <= limit
+    asked = {"macs": None, "max_accuracy_drop": None, **budget}
+    plain = {"runtimes": ["onnxruntime"], "batches": [1], "repeats": 2}
+    # All regions after the first change are refitted, and none of them has a bias to begin with.
+    made = digits_recipe(None, budget=asked, distill=None, benchmark=plain, plan={"low_rank": False, "depth": False})
+    model = made.model.model_copy(update={**arch, "weights": str(weights)})
+    scorecard = compress(made.model_copy(update={"model": model}), tmp_path / "run").scorecard
     assert scorecard.verdict == "PASS", scorecard.reasons
+    planned = read_result(tmp_path / "run", "plan", Plan).size_bytes
+    size = (tmp_path / "run" / "model.onnx").stat().st_size
+    assert (planned is None) == ("params" in budget)
+    assert planned is None or size <= planned <= 10_500
 
 
 @pytest.mark.parametrize("model", [Residual(), Sequence()], ids=lambda model: type(model).__name__)

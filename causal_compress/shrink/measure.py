@@ -21,11 +21,11 @@ from causal_compress.recipe import PlanSection
 from causal_compress.results import Candidate, Candidates, CutGroup, Effects, Merge, Skip
 from causal_compress.shrink.borrow import borrowed_groups, hidden_of
 from causal_compress.shrink.choice import Choice
-from causal_compress.shrink.costs import layer_costs, part_costs
+from causal_compress.shrink.costs import layer_costs, part_costs, with_biases
 from causal_compress.shrink.parts import build_part, fitting_adapter
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.ranks import spectra, thinned, with_ranks
-from causal_compress.shrink.repair import tail_too_large
+from causal_compress.shrink.repair import tail_too_large, without_bias
 from causal_compress.shrink.targets import before_and_after
 from causal_compress.shrink.widths import Widths, find_widths, level_counts
 from causal_compress.understand.algebra import saved
@@ -161,8 +161,10 @@ class Sweep:
         return self.network.regions[index].info.name
 
     def _kept_whole(self, first: int) -> list[Candidate]:
-        info = self.network.regions[first].info
-        cost = layer_costs(self.network.regions[first].module, self.heldout[0][:1])
+        info, part = self.network.regions[first].info, self.network.regions[first].module
+        cost = layer_costs(part, self.heldout[0][:1])
+        if first > 0:  # behind a change it is refitted as well
+            cost = with_biases(cost, without_bias(part))
         return [
             Candidate(
                 first=first,

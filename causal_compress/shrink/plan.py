@@ -139,7 +139,8 @@ def limits_of(budget: BudgetSection, file: FileCosts | None = None) -> dict[Kind
         "bytes": size,
         "latency": latency,
     }
-    limits = {kind: share for kind, share in given.items() if share is not None}
+    # All of a cost is no limit: a teacher that is left whole gets none of the biases that are counted for refits.
+    limits = {kind: share if share < 1.0 else np.inf for kind, share in given.items() if share is not None}
     return limits or {"macs": DEFAULT_MACS}
 
 
@@ -204,6 +205,7 @@ def _impossible(
 ) -> BudgetError:
     words: dict[Kind, str] = {"macs": "MACs", "params": "parameters", "bytes": "file", "latency": "latency"}
     keys: dict[Kind, str] = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
+    limits = {kind: limit for kind, limit in limits.items() if np.isfinite(limit)}
     kinds: list[Kind] = list(dict.fromkeys([*limits, "macs", "params"]))
     least = [f"{_least(kind, candidates, prices):.3f} of the {words[kind]}" for kind in kinds]
     asked = [f"{keys[kind]}: {limit:g}" for kind, limit in limits.items() if kind != "bytes"]
