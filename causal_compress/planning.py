@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 from causal_compress.deploy.filesize import bytes_each, sizer_for
 from causal_compress.deploy.latency import time_models
@@ -18,6 +19,8 @@ from causal_compress.shrink.rivals import plan_and_compare
 from causal_compress.understand.trace import Network
 
 Measured = tuple[Candidates, Effects, Groups]
+Costs = Callable[[], FileCosts | None]
+"""What a file consists of, found out when a plan is made and not when one is read back."""
 
 
 def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: Probe) -> Plan:
@@ -41,12 +44,16 @@ def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: P
     }
     limited = recipe.budget.size_bytes is not None
     sizer = sizer_for(recipe.quantize, network.example_input)
-    file = file_costs(network, sizer, bytes_each(recipe.quantize)) if limited else None
+
+    @cache
+    def costs() -> FileCosts | None:
+        return file_costs(network, sizer, bytes_each(recipe.quantize)) if limited else None
+
     if recipe.budget.latency_ms is None:
-        planner = _planner(recipe, network, known, probe, file)
+        planner = _planner(recipe, network, known, probe, costs)
         depends |= {"rewrite": recipe.rewrite, "prune": recipe.prune}
     else:
-        planner = _planner_in_time(run, recipe, network, known, file)
+        planner = _planner_in_time(run, recipe, network, known, costs)
         depends |= {"latency": run.key_of("latency")}
     if not limited:
         return run.stage("plan", Plan, lambda _: planner(recipe.budget), depends=depends)
@@ -58,14 +65,14 @@ def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: P
     )
 
 
-def _planner(recipe: Recipe, network: Network, known: Measured, probe: Probe, file: FileCosts | None) -> Planner:
+def _planner(recipe: Recipe, network: Network, known: Measured, probe: Probe, costs: Costs) -> Planner:
     def planner(budget: BudgetSection) -> Plan:
-        return plan_and_compare(network, known, recipe.model_copy(update={"budget": budget}), probe, file)
+        return plan_and_compare(network, known, recipe.model_copy(update={"budget": budget}), probe, costs())
 
     return planner
 
 
-def _planner_in_time(run: Run, recipe: Recipe, network: Network, known: Measured, file: FileCosts | None) -> Planner:
+def _planner_in_time(run: Run, recipe: Recipe, network: Network, known: Measured, costs: Costs) -> Planner:
     section = recipe.budget.latency_ms
     assert section is not None
     timer = partial(time_models, section=section)
@@ -78,6 +85,6 @@ def _planner_in_time(run: Run, recipe: Recipe, network: Network, known: Measured
     )
 
     def planner(budget: BudgetSection) -> Plan:
-        return plan_for_latency(network, *known, budget, recipe.plan, table, timer, file)
+        return plan_for_latency(network, *known, budget, recipe.plan, table, timer, costs())
 
     return planner

@@ -26,8 +26,7 @@ Sizer = Callable[[nn.Module], int]
 _ROUNDS = 5
 _CLOSE = 0.97
 _LEAST_STEP = 0.99  # plans differ by whole channels; a smaller step would often lead to the same one
-_FURTHER = 1.5
-"""How much more may be planned for where the costs of parts say that nothing fits; they can't tell exactly."""
+_FURTHER = 1.5  # the costs of parts can't tell exactly that nothing fits
 
 
 def file_costs(network: Network, sizer: Sizer, bytes_each: int) -> FileCosts:
@@ -96,13 +95,11 @@ def plan_for_size(network: Network, budget: BudgetSection, planner: Planner, siz
 
 
 def _planned(planner: Planner, budget: BudgetSection, aim: float, *, first: bool) -> Plan:
-    try:
-        return planner(budget.model_copy(update={"size_bytes": max(1, round(aim))}))
-    except BudgetError:
-        if not first:
-            raise
+    """The plan for so many bytes; at first for more, too, before it is believed that nothing fits."""
+    refusals = []
+    for size in (aim, _FURTHER * aim) if first else (aim,):
         try:
-            return planner(budget.model_copy(update={"size_bytes": max(1, round(_FURTHER * aim))}))
-        except BudgetError:
-            pass
-        raise
+            return planner(budget.model_copy(update={"size_bytes": max(1, round(size))}))
+        except BudgetError as error:
+            refusals.append(error)
+    raise refusals[0]
