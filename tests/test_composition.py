@@ -7,6 +7,7 @@ import dataclasses
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_plan import candidate, candidates, kept_whole
@@ -22,7 +23,7 @@ from causal_compress.shrink.choice import Choice
 from causal_compress.shrink.front import open_front
 from causal_compress.shrink.measure import Sweep, measure
 from causal_compress.shrink.parts import fitting_adapter
-from causal_compress.shrink.plan import best_path, price
+from causal_compress.shrink.plan import KINDS, best_path, price
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
@@ -131,7 +132,7 @@ def test_no_plan_reads_fewer_channels_than_the_part_before_can_write():
     for out, wanted in ((0.0, None), (50.0, narrow)):
         writer = candidate(0, 0, macs=(100 - out, out))
         known = candidates([writer, *kept_whole(2)[1:], narrow], 2)
-        path = best_path(known, price(known), price(known).fixed[0] * 0 + [1, 0, 0], {"macs": 0.7})
+        path = best_path(known, price(known), np.eye(len(KINDS))[0], {"macs": 0.7})
         assert (path is None) == (wanted is None)
 
 
