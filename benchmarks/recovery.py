@@ -191,7 +191,7 @@ def rows_of(given: argparse.Namespace, case: Case, epochs: int) -> Iterator[dict
             "variant": name,
             "epochs": epochs,
             "seed": seed,
-            "validation_pct": 100 * float(hits.mean()),
+            "validation_pct": round(100 * float(hits.mean()), 2),
             "n": len(hits),
             "gain_pp": None if name == SHIPPED else gain,
             "gain_ci_pp": None if name == SHIPPED else interval,
