@@ -32,12 +32,13 @@ HERE = Path(__file__).parent
 IMPOSSIBLE = 0.001
 
 
-def recipe_for(given: argparse.Namespace, budget: dict[str, Any]) -> Recipe:
+def recipe_for(given: argparse.Namespace, budget: dict[str, Any], seed: int) -> Recipe:
     """The shipped recipe with this budget.
 
     Args:
-        given: Weights, data and seed from the command line.
+        given: Weights and data from the command line.
         budget: Replaces the recipe's.
+        seed: Of everything random.
     """
     settings = {
         "model.arch": f"{HERE.parent / 'examples' / 'cifar_resnet.py'}:resnet20",
@@ -46,7 +47,7 @@ def recipe_for(given: argparse.Namespace, budget: dict[str, Any]) -> Recipe:
         "data.validation_from": "test",
         "data.validation": 5000,
         "budget": budget,
-        "seed": given.seed,
+        "seed": seed,
     }
     return load_recipe(find_recipe("cifar-resnet"), [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
@@ -54,7 +55,7 @@ def recipe_for(given: argparse.Namespace, budget: dict[str, Any]) -> Recipe:
 def refused(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The row of a budget that can't be met: minutes until that was said, and what was said to be possible."""
     try:
-        compress(recipe_for(given, {"macs": IMPOSSIBLE, "max_accuracy_drop": None}), folder)
+        compress(recipe_for(given, {"macs": IMPOSSIBLE, "max_accuracy_drop": None}, given.seed), folder)
     except BudgetError as error:
         about = {"verdict": "refused", "why": f"{error.what}; {error.found}"}
     else:
@@ -65,7 +66,9 @@ def refused(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def searched(given: argparse.Namespace, folder: Path, analysis: Path) -> dict[str, Any]:
     """The row of the search. Minutes are the sum over the stages of all sizes, those of the analysis among them."""
     limit = given.max_accuracy_drop
-    card = compress(recipe_for(given, {"macs": None, "max_accuracy_drop": limit}), folder, reuse=analysis).scorecard
+    card = compress(
+        recipe_for(given, {"macs": None, "max_accuracy_drop": limit}, given.seed), folder, reuse=analysis
+    ).scorecard
     teacher, student = (next(row for row in card.rows if row.model == name) for name in ("teacher", "student"))
     pareto = read_result(folder, "search", Pareto)
     return {

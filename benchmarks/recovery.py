@@ -25,6 +25,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from budget_search import recipe_for
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,12 +34,10 @@ from causal_compress.files import atomic_write_text
 from causal_compress.inputs.data import Split
 from causal_compress.provenance import machine
 from causal_compress.recipe import Recipe
-from causal_compress.recipe_file import load_recipe
 from causal_compress.recover import training
 from causal_compress.recover.distill import distill
 from causal_compress.runs import open_run
 from causal_compress.searching import shortened
-from causal_compress.shipped import find_recipe
 from causal_compress.shrink.surgery import Student, boundaries, save_weights
 from causal_compress.stages import Understood, shrink_depth, shrink_width, understand
 from causal_compress.understand.statistics import paired_drop
@@ -122,16 +121,7 @@ class Case:
 
 def open_case(given: argparse.Namespace, seed: int) -> Case:
     """Analysis, plan and surgery, from --work where they are there."""
-    settings = {
-        "model.arch": f"{HERE.parent / 'examples' / 'cifar_resnet.py'}:resnet20",
-        "model.weights": given.weights,
-        "data.source": f"npz:{given.data}",
-        "data.validation_from": "test",
-        "data.validation": 5000,
-        "budget.macs": 0.5,
-        "seed": seed,
-    }
-    recipe = load_recipe(find_recipe("cifar-resnet"), [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    recipe = recipe_for(given, {"macs": 0.5}, seed)
     with open_run(given.work / f"surgery-{seed}", recipe, command=("recovery.py",), reuse=given.analysis) as run:
         known = understand(run, recipe, force=True)
         _, student = shrink_depth(run, recipe, known)

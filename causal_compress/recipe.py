@@ -360,9 +360,7 @@ class QuantizeSection(Section):
     methods: list[Literal["minmax", "percentile", "entropy"]] = Field(
         ["minmax", "percentile", "entropy"], min_length=1, description="ranges tried; least output KL is taken"
     )
-    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
-        99.99, description="share of values not clipped [percent]"
-    )
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(99.99, description="share of values not clipped [%]")
     scored: Positive = Field(512, description="validation inputs on which output KL is read")
     temperature: Annotated[float, Field(gt=0)] = Field(4.0, description="softmax temperature of the output KL")
     max_accuracy_drop: Annotated[float, Field(ge=0)] = Field(

@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 
 from causal_compress.inputs.data import load_data
 from causal_compress.inputs.models import build_model
+from causal_compress.pipeline import analyze
 from causal_compress.recipe import Recipe
+from causal_compress.results import Candidates, Effects, Groups
+from causal_compress.runs import read_result
+from causal_compress.understand.trace import Network, trace
 
 MLP = f"{Path(__file__).resolve().parents[1] / 'examples' / 'mlp.py'}:mlp"
 
@@ -61,6 +65,15 @@ def _recipe(base: dict[str, Any], weights: Path | None, sections: dict[str, Any]
         values[name] = {**base.get(name, {}), **section} if isinstance(section, dict) else section
     values["model"] = {**values["model"], "weights": None if weights is None else str(weights)}
     return Recipe.model_validate(values)
+
+
+def analysed(weights: Path, folder: Path) -> tuple[Network, Candidates, Effects, Groups]:
+    """The network on digits, traced, and what an analysis measures of it."""
+    recipe = digits_recipe(weights)
+    analyze(recipe, folder)
+    network = trace(build_model(recipe.model), load_data(recipe.data, seed=0).example_input)
+    found = read_result(folder, "candidates", Candidates), read_result(folder, "intervene", Effects)
+    return network, *found, read_result(folder, "group", Groups)
 
 
 def train(recipe: Recipe, weights: Path, epochs: int = 4) -> Path:

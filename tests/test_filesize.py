@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from quantize_sample import Residual, Sequence, Split
-from small_runs import digits_recipe, train
+from small_runs import analysed, digits_recipe, train
 from torch import nn
 
 from causal_compress.deploy.faster import chosen_for_size
@@ -22,9 +22,7 @@ from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.quantize import quantize
 from causal_compress.deploy.scorecard import verdict
 from causal_compress.errors import BudgetError
-from causal_compress.inputs.data import load_data
-from causal_compress.inputs.models import build_model
-from causal_compress.pipeline import analyze, compress
+from causal_compress.pipeline import compress
 from causal_compress.recipe import BudgetSection, PlanSection, QuantizeSection
 from causal_compress.results import Candidates, Effects, Groups, Plan, Scorecard
 from causal_compress.runs import read_result
@@ -32,7 +30,7 @@ from causal_compress.shrink.filesize import file_costs, plan_for_size
 from causal_compress.shrink.latency import skeleton
 from causal_compress.shrink.plan import make_plan
 from causal_compress.understand.cost import count_params
-from causal_compress.understand.trace import Network, trace
+from causal_compress.understand.trace import Network
 
 BIASLESS = Path(__file__)
 GRAPH = 9_000
@@ -89,12 +87,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def known(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Known:
-    recipe = digits_recipe(weights)
-    folder = tmp_path_factory.mktemp("analysis") / "run"
-    analyze(recipe, folder)
-    network = trace(build_model(recipe.model), load_data(recipe.data, seed=0).example_input)
-    kinds = read_result(folder, "candidates", Candidates), read_result(folder, "intervene", Effects)
-    return Known(network, (*kinds, read_result(folder, "group", Groups)))
+    network, *measured = analysed(weights, tmp_path_factory.mktemp("analysis") / "run")
+    return Known(network, tuple(measured))
 
 
 def by_hand(model: nn.Module) -> int:

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import digits_recipe, train
+from small_runs import analysed, digits_recipe, train
 from torch import Tensor, nn
 
 from causal_compress.deploy.latency import covering, time_models
 from causal_compress.deploy.scorecard import verdict
 from causal_compress.errors import BudgetError
-from causal_compress.inputs.data import load_data
-from causal_compress.inputs.models import build_model
-from causal_compress.pipeline import analyze, compress
+from causal_compress.pipeline import compress
 from causal_compress.recipe import BenchmarkSection, BudgetSection, LatencySection, PlanSection
 from causal_compress.results import Candidate, Candidates, Effects, Groups, Plan, Scorecard
 from causal_compress.runs import read_result
@@ -55,16 +53,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def known(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Known:
-    recipe = digits_recipe(weights)
-    folder = tmp_path_factory.mktemp("analysis") / "run"
-    analyze(recipe, folder)
-    network = trace(build_model(recipe.model), load_data(recipe.data, seed=0).example_input)
-    return Known(
-        network,
-        read_result(folder, "candidates", Candidates),
-        read_result(folder, "intervene", Effects),
-        read_result(folder, "group", Groups),
-    )
+    return Known(*analysed(weights, tmp_path_factory.mktemp("analysis") / "run"))
 
 
 def convolutions(network: nn.Module) -> float:
