@@ -166,7 +166,9 @@ def test_the_whole_way_within_a_size(finished: tuple[Path, int, Scorecard]) -> N
     assert read_result(folder, "plan", Plan).size_bytes == pytest.approx(size, rel=0.02)
     assert scorecard.verdict == "PASS"
     assert scorecard.reasons == (f"the ONNX file (fp32) has {size:,} bytes; the budget allows {limit:,}",)
-    assert f"may have {limit:,} bytes" in (folder / "report.html").read_text(encoding="utf-8")
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"may have {limit:,} bytes" in report
+    assert f"Asked for: a file of at most {limit:,} bytes." in report
 
 
 def test_verdicts_on_size(finished: tuple[Path, int, Scorecard]) -> None:
