@@ -189,7 +189,8 @@ def test_biases_that_refits_add_are_planned_for(tmp_path: Path, budget: dict[str
     """Plans right at their limit: without the biases that refits add it would be missed by a few."""
     arch = {"arch": f"{BIASLESS}:biasless", "args": {}}
     base = digits_recipe(None)
-    recipe = base.model_copy(update={"model": base.model.model_copy(update=arch)})
+    # This seed's second layer is kept before the first change, and its refit would fit the noise of rounding.
+    recipe = base.model_copy(update={"model": base.model.model_copy(update=arch), "seed": 2})
     weights = train(recipe, tmp_path / "weights.safetensors", epochs=2)
     asked = {"macs": None, "max_accuracy_drop": None, **budget}
     plain = {"runtimes": ["onnxruntime"], "batches": [1], "repeats": 2}
@@ -201,7 +202,7 @@ def test_biases_that_refits_add_are_planned_for(tmp_path: Path, budget: dict[str
     planned = read_result(tmp_path / "run", "plan", Plan).size_bytes
     size = (tmp_path / "run" / "model.onnx").stat().st_size
     assert (planned is None) == ("params" in budget)
-    assert planned is None or size <= planned <= 10_500
+    assert planned is None or size == planned <= 10_500
 
 
 @pytest.mark.parametrize("model", [Residual(), Sequence()], ids=lambda model: type(model).__name__)

@@ -233,7 +233,7 @@ def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
 
 def _biased(student: Student, plan: Plan) -> list[str]:
     """Layers without a bias or a batch norm from the first change on: what follows a change is refitted as well."""
-    changed = [index for index, decision in enumerate(plan.decisions) if decision.kind != "keep"]
+    changed = [index for index, decision in enumerate(plan.decisions) if not is_whole(decision.candidate)]
     parts = student.parts[changed[0] :] if changed else ()
     return [layer for part in parts for layer in without_bias(part)]
 

@@ -40,14 +40,13 @@ from causal_compress.shrink.repair import (
     write_solution,
 )
 from causal_compress.shrink.surgery import Student, copied, merge_of
+from causal_compress.shrink.undo import is_whole
 from causal_compress.understand.graph import fetch, observer
 from causal_compress.understand.tail import Tail, find_tail, rectifier_ceiling
 
 Watch = Callable[[Tensor], Sequence[Tensor]]
 RECTIFIED_ROUNDS = 2
 ENOUGH_INPUTS = 1024  # ResNet-56, held-out KL with Gauss-Newton steps: a fifth lower with 512 inputs, 2 % with 2,048
-_EXACT = 1e-10
-"""A layer that errs less computes what it should; a refit would only give it a bias for the noise of rounding."""
 _COMPOSITION_KL = 1e-3  # nats; sums of floats in another order differ by a thousandth of it
 
 
@@ -105,15 +104,21 @@ class _Work:
         self.factors: list[Factor] = []
         self.kept: dict[str, Tensor] = {}
         self.biased: list[str] = []
+        self.changed = False
         self.changes: list[Change] = []
         self.skips: list[Skip] = []
 
     def carry_out(self, index: int, decision: Decision) -> None:
-        """Narrow one part, refit its last affine layer, and go on behind it."""
+        """Narrow one part, refit its last affine layer, and go on behind it; what nothing has changed yet stays."""
         part = self.student.parts[index]
         candidate = decision.candidate
+        last = candidate.last == len(self.front.network.regions) - 1
         entering = self.front.teacher
         targets = self.front.look_ahead(candidate.last)
+        self.changed |= not is_whole(candidate)
+        if not self.changed and not (last and self.section.head_refit == "always"):
+            self.front.advance(part)  # a refit would fit the noise of rounding, and may add a bias to do it
+            return
         tail = find_tail(part)
         narrowed = []
         if candidate.inputs_kept < 1.0 and isinstance(tail, Tail):
@@ -121,7 +126,6 @@ class _Work:
         for producer, count in candidate.widths.items():
             narrowed.append(self._narrow_group(part, self._group(producer), count, tail, targets))
         self._absorb_drift(part, candidate, tail, entering)
-        last = candidate.last == len(self.front.network.regions) - 1
         refit = self._refit_tail(part, tail, targets, last=last)
         if isinstance(tail, Tail) and tail.affine in candidate.ranks:
             sums = refit.sums or tail_equations(part, tail, self.front.student, targets)
@@ -291,7 +295,7 @@ class _Work:
         weight, bias = current_affine(part, *where)
         solution = sums.solve(self.section.penalties, weight)
         now = sums.heldout.error(weight, bias) / max(sums.heldout.target_variance(), 1e-12)
-        if (solution.relative_error >= now or now < _EXACT) and not always:
+        if solution.relative_error >= now and not always:
             return now, None
         self._note_bias(part, *where)
         write_solution(part, *where, (solution.weight, solution.bias), sums.both())
