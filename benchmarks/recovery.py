@@ -101,6 +101,7 @@ VARIANTS = {
     "labels for half of the loss": Variant({"label_weight": 0.5}),
     "labels alone": Variant({"label_weight": 1.0}),
     "temperature 1": Variant({"temperature": 1.0}),
+    "temperature 2, labels for half": Variant({"temperature": 2.0, "label_weight": 0.5}),
     "DIST instead of KL": Variant(patched=("kd_loss", dist_loss)),
     "SGD instead of Muon": Variant({"optimizer": "sgd"}),
     "without averaged weights": Variant({"ema": 0.0}),
