@@ -29,12 +29,14 @@ HERE = Path(__file__).parent
 REMOVED = [53.0, 61.0, 71.0, 76.0, 89.0]
 # The teacher is most of a step beside so small a student, and one of a hundred layers wants short steps (LOG.md).
 RECOVERY = {"distill.views": 10, "distill.relative_rate": 0.003}
+TIMED = ("student", "onnxruntime", 1)  # what fewer MACs were worth in time
 
 
 def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, Any]:
     """One line of the table, from a finished run folder."""
     card = json.loads((folder / "scorecard.json").read_text(encoding="utf-8"))
     student, teacher = (next(row for row in card["rows"] if row["model"] == name) for name in ("student", "teacher"))
+    timed = [row for row in card["rows"] if (row["model"], row["runtime"], row["batch"]) == TIMED]
     return {
         "arch": "resnet56",
         "target_removed_pct": removed,
@@ -45,6 +47,8 @@ def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, An
         "drop_pp": student["drop_pp"],
         "drop_ci_pp": student["drop_ci_pp"],
         "n": student["n"],
+        "onnxruntime_speedup_batch_1": timed[0]["speedup"] if timed else None,
+        "onnxruntime_speedup_ci": timed[0]["speedup_ci"] if timed else None,
         "epochs": epochs,
         "minutes": round(_seconds(folder) / 60, 1),
         "seed": seed,
@@ -53,9 +57,10 @@ def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, An
 
 
 def together(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows, and those of before that they don't replace, by size."""
+    """New rows, and those of before that they don't replace, by size; all have the keys of the newest."""
     kept = {_name(row): row for row in [*before, *rows]}
-    return sorted(kept.values(), key=_name)
+    keys = [key for row in rows[-1:] for key in row]
+    return [{**dict.fromkeys(keys), **kept[name]} for name in sorted(kept)]
 
 
 def _name(row: dict[str, Any]) -> tuple[float, int, int]:
