@@ -1,8 +1,6 @@
 """The benchmark: calls alternate, medians have intervals, and `no difference` is said where there is none."""
 
-import csv
 import dataclasses
-import io
 import time
 
 import numpy as np
@@ -16,10 +14,9 @@ from causal_compress.afterwards import benchmark_targets
 from causal_compress.deploy.benchmark import Deployed, Pair, benchmark, count_agreement, deployed, time_interleaved
 from causal_compress.deploy.memory import peak_memory
 from causal_compress.deploy.onnx import export
-from causal_compress.deploy.scorecard import measured_notes, scorecard_csv, scorecard_markdown, verdict
 from causal_compress.errors import DataError, ExportError
 from causal_compress.recipe import BenchmarkSection, BudgetSection, ExportSection, Recipe
-from causal_compress.results import Scorecard, ScoreRow
+from causal_compress.results import Scorecard
 
 
 class Split:
@@ -66,37 +63,6 @@ class Fixed:
 
     def describe(self):
         return self.name
-
-
-def row(model, **changes) -> ScoreRow:
-    plain = {
-        "model": model,
-        "runtime": "torch",
-        "precision": "fp32",
-        "batch": 1,
-        "threads": 1,
-        "accuracy_pct": 90.0,
-        "n": 1000,
-        "drop_pp": 0.0,
-        "drop_ci_pp": (0.0, 0.0),
-        "params": 1000,
-        "macs": 10000,
-        "size_bytes": 4000,
-        "latency_ms_p50": 1.0,
-        "latency_ms_p95": 1.0,
-        "latency_ms_p99": 1.0,
-        "throughput_per_s": 1000.0,
-        "peak_memory_bytes": 10**6,
-        "speedup": 1.0,
-        "speedup_ci": (1.0, 1.0),
-        "rounds": 100,
-    }
-    return ScoreRow(**{**plain, **changes})
-
-
-def student(**changes) -> ScoreRow:
-    half = {"params": 500, "macs": 5000, "speedup": 1.9, "speedup_ci": (1.8, 2.0)}
-    return row("student", **{**half, **changes})
 
 
 # ---- counting and timing
@@ -201,70 +167,6 @@ def test_empty_test_split_is_refused(tmp_path):
         benchmark(nowhere, nowhere, Split(0), BenchmarkSection(), BudgetSection())
 
 
-# ---- the verdict
-
-
-def test_no_budget_passes():
-    assert verdict([row("teacher"), student()], BudgetSection()) == ("PASS", ("no budget was set",))
-
-
-@pytest.mark.parametrize(
-    ("interval", "limit", "expected"),
-    [
-        ((0.1, 0.9), 1.0, "PASS"),
-        ((0.1, 1.0), 1.0, "PASS"),
-        ((0.1, 1.1), 1.0, "INCONCLUSIVE"),
-        ((1.0, 2.0), 1.0, "INCONCLUSIVE"),
-        ((1.1, 2.0), 1.0, "FAIL"),
-        ((-0.5, 0.4), 0.0, "INCONCLUSIVE"),
-    ],
-)
-def test_drop_is_judged_by_its_interval(interval, limit, expected):
-    rows = [row("teacher"), student(drop_pp=sum(interval) / 2, drop_ci_pp=interval)]
-    outcome, reasons = verdict(rows, BudgetSection(max_accuracy_drop=limit))
-    assert outcome == expected
-    assert "95 % interval" in reasons[0]
-    assert "n = 1,000" in reasons[0]
-
-
-def test_worst_runtime_counts():
-    good = student(drop_pp=0.1, drop_ci_pp=(0.0, 0.2))
-    bad = student(runtime="onnxruntime", drop_pp=5.0, drop_ci_pp=(4.0, 6.0))
-    rows = [row("teacher"), good, row("teacher", runtime="onnxruntime"), bad]
-    outcome, reasons = verdict(rows, BudgetSection(max_accuracy_drop=1))
-    assert outcome == "FAIL"
-    assert "on onnxruntime" in reasons[0]
-
-
-@pytest.mark.parametrize(
-    ("key", "limit", "expected"), [("macs", 0.5, "PASS"), ("macs", 0.49, "FAIL"), ("params", 0.4, "FAIL")]
-)
-def test_costs_are_judged(key, limit, expected):
-    outcome, reasons = verdict([row("teacher"), student()], BudgetSection(**{key: limit}))
-    assert outcome == expected
-    assert "0.5000" in reasons[0]
-
-
-def test_latency_is_judged_on_int8_where_that_was_chosen():
-    rows = [
-        row("teacher", runtime="onnxruntime"),
-        student(runtime="onnxruntime", speedup=1.2, speedup_ci=(1.1, 1.3)),
-        student(runtime="onnxruntime", precision="int8", speedup=2.0, speedup_ci=(1.9, 2.1)),
-    ]
-    budget = BudgetSection(latency_ms={"keep": 0.6})
-    outcome, (reason,) = verdict(rows, budget)
-    assert outcome == "PASS"
-    assert reason.startswith("0.500 of the teacher's latency kept on onnxruntime int8, batch 1")
-    assert verdict(rows[:2], budget)[0] == "FAIL"
-
-
-def test_missed_cost_outweighs_an_inconclusive_drop():
-    rows = [row("teacher"), student(drop_pp=1, drop_ci_pp=(0, 2))]
-    outcome, reasons = verdict(rows, BudgetSection(macs=0.4, max_accuracy_drop=1))
-    assert outcome == "FAIL"
-    assert len(reasons) == 2
-
-
 # ---- files that take one batch size or other inputs only
 
 
@@ -321,79 +223,3 @@ def test_files_of_other_inputs_are_timed_on_their_own_or_told(tmp_path):
     _, rows, left_out = timed([three, six], [1], data=labelled(tmp_path / "d.csv"))
     assert rows == [("3.onnx", 1)]
     assert "(1, 3)" in left_out["6.onnx fp32 on onnxruntime"]
-
-
-# ---- notes and forms
-
-
-def test_speed_within_noise_is_said():
-    (note, shortfall) = measured_notes([row("teacher"), student(speedup=1.04, speedup_ci=(0.98, 1.1))])
-    assert "no difference in latency" in note
-    assert "MACs fell 2.0x, latency 1.04x" in shortfall
-
-
-def test_slower_student_is_said():
-    assert "slower" in measured_notes([row("teacher"), student(speedup=0.8, speedup_ci=(0.7, 0.9))])[0]
-
-
-def test_honest_speedup_needs_no_note():
-    assert measured_notes([row("teacher"), student()]) == ()
-
-
-def test_disagreeing_runtimes_are_said():
-    rows = [
-        row("teacher"),
-        student(),
-        row("teacher", runtime="onnxruntime"),
-        student(runtime="onnxruntime", accuracy_pct=80),
-    ]
-    (note,) = measured_notes(rows)
-    assert "disagree on the student" in note
-
-
-def int8(**changes) -> ScoreRow:
-    return student(runtime="onnxruntime", precision="int8", **changes)
-
-
-def test_int8_that_answers_otherwise_than_fp32_is_no_disagreement_of_runtimes():
-    fp32 = [row("teacher"), student(), row("teacher", runtime="onnxruntime"), student(runtime="onnxruntime")]
-    assert measured_notes([*fp32, int8(accuracy_pct=86)]) == ()
-    there = [row("teacher", runtime="openvino"), student(runtime="openvino")]
-    eight = [int8(accuracy_pct=86), student(runtime="openvino", precision="int8", accuracy_pct=88)]
-    (note,) = measured_notes([*fp32, *there, *eight])
-    assert note == "the runtimes disagree on the student's int8 accuracy: 86.00 % on onnxruntime, 88.00 % on openvino"
-
-
-def test_notes_and_reasons_name_the_precision():
-    rows = [
-        row("teacher", runtime="onnxruntime"),
-        student(runtime="onnxruntime"),
-        int8(speedup=0.8, speedup_ci=(0.7, 0.9), drop_pp=2.0, drop_ci_pp=(1.5, 2.5)),
-    ]
-    assert measured_notes(rows)[0].startswith("onnxruntime int8, batch 1, 1 thread(s): the student is slower")
-    _, (reason,) = verdict(rows, BudgetSection(max_accuracy_drop=1))
-    assert "2.00 pp on onnxruntime int8 (95 %" in reason
-
-
-def test_unmeasured_memory_is_said():
-    assert "peak memory" in measured_notes([row("teacher"), student(peak_memory_bytes=None)])[0]
-
-
-def card(rows) -> Scorecard:
-    return Scorecard(verdict="PASS", reasons=("because",), notes=("beware",), rows=tuple(rows), runtimes=("torch 2",))
-
-
-def test_csv_reads_back():
-    rows = list(csv.DictReader(io.StringIO(scorecard_csv(card([row("teacher"), student(drop_ci_pp=(-1.5, 2.5))])))))
-    assert [line["model"] for line in rows] == ["teacher", "student"]
-    assert (rows[1]["drop_ci_pp_low"], rows[1]["drop_ci_pp_high"], rows[1]["macs"]) == ("-1.5", "2.5", "5000")
-    assert scorecard_csv(card([])).startswith("model,")
-
-
-def test_markdown_is_a_table_with_verdict_and_notes():
-    text = scorecard_markdown(card([row("teacher"), student(peak_memory_bytes=None)]))
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 4
-    assert len({line.count("|") for line in table}) == 1
-    for part in ("**PASS**", "- because", "beware", "1.90x [1.80, 2.00]", "torch 2"):
-        assert part in text

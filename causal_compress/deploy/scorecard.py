@@ -47,8 +47,9 @@ def measured_notes(rows: Sequence[ScoreRow]) -> tuple[str, ...]:
         Sentences; empty if there is nothing to say.
     """
     notes: list[str] = []
-    for teacher, student in _pairs(rows):
-        notes += _speed_notes(teacher, student)
+    for _, student in _pairs(rows):
+        notes += _speed_notes(student)
+    notes += _shortfalls(rows)
     notes += _disagreements(rows)
     if any(row.peak_memory_bytes is None for row in rows):
         notes.append("peak memory could not be measured everywhere: the separate process failed")
@@ -188,7 +189,7 @@ def _judge_drop(rows: Sequence[ScoreRow], budget: BudgetSection) -> Iterator[_Ju
         yield "INCONCLUSIVE", text + ": the interval contains the limit, more test inputs would settle it"
 
 
-def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
+def _speed_notes(student: ScoreRow) -> Iterator[str]:
     low, high = student.speedup_ci
     interval = f"95 % interval {low:.2f}x to {high:.2f}x over {student.rounds} rounds"
     where = _where(student)
@@ -197,11 +198,17 @@ def _speed_notes(teacher: ScoreRow, student: ScoreRow) -> Iterator[str]:
         yield f"{where}: no difference in latency: {student.speedup:.2f}x lies within the noise ({interval})"
     elif told == "slower":
         yield f"{where}: the student is slower than the teacher: {student.speedup:.2f}x ({interval})"
-    fall = teacher.macs / student.macs if student.macs else 1.0
-    if fall > 1.0 and high < _SHORTFALL * fall:
+
+
+def _shortfalls(rows: Sequence[ScoreRow]) -> Iterator[str]:
+    """One note for all places where latency fell by much less than MACs."""
+    falls = [(student, teacher.macs / student.macs) for teacher, student in _pairs(rows) if student.macs]
+    short = [(row, fall) for row, fall in falls if fall > 1.0 and row.speedup_ci[1] < _SHORTFALL * fall]
+    if short:
+        listed = "; ".join(f"{row.speedup:.2f}x on {_where(row)}" for row, _ in short)
         yield (
-            f"{where}: MACs fell {fall:.1f}x, latency {student.speedup:.2f}x: MACs are not speed (a budget.latency_ms "
-            "plans for it; plan.align: cpu helps, and plan.low_rank: false, since split layers are more operators)"
+            f"MACs fell {short[0][1]:.1f}x, latency {listed}: MACs are not speed (a budget.latency_ms plans for it; "
+            "plan.align: cpu helps, and plan.low_rank: false, since split layers are more operators)"
         )
 
 
