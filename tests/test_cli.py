@@ -111,6 +111,14 @@ def test_help_comes_at_once_and_without_torch():
     assert "compress" in done.stdout
 
 
+def test_a_mistyped_model_file_is_not_taken_for_a_run_folder(tmp_path, capsys):
+    assert main(["benchmark", str(tmp_path / "studnet.onnx")]) == 1
+    message = capsys.readouterr().err
+    assert "studnet.onnx" in message
+    assert "no such file" in message
+    assert "run folder" not in message
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"causal-compress \d\S*\n", capsys.readouterr().out)

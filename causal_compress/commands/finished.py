@@ -72,7 +72,8 @@ def report(*, run: Path) -> None:
 
 
 def _is_plain_run(target: Path) -> bool:
-    return not target.is_file() and not (target / _PACKAGE).is_file()
+    folder = target.is_dir() or not (target.exists() or target.suffix)  # what is not there is told by its name
+    return folder and not (target / _PACKAGE).is_file()
 
 
 def _data_recipe(
