@@ -4,7 +4,7 @@ import json
 
 import pytest
 from pydantic import TypeAdapter
-from test_benchmark import row, student
+from test_scorecard import row, student
 
 from causal_compress.cli import main
 from causal_compress.deploy.gate import Limits, judge
