@@ -102,8 +102,19 @@ def table(path: Path, columns: Sequence[str] = ()) -> str:
         row = {key: row.get(key) for key in columns} if columns else row
         kinds.setdefault(tuple(row), []).append(row)
     parts = [_rows(titles, rows) for titles, rows in kinds.items()]
-    machine = ", ".join(f"{key} {_cell(value)}" for key, value in content["machine"].items())
-    return "\n\n".join([*parts, f"`{content['command']}`<br>{machine}"]) + "\n"
+    return "\n\n".join([*parts, f"`{content['command']}`<br>{_machine(content['machine'])}"]) + "\n"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """What a reader needs to know of it; the results file has the rest."""
+    cores = machine["cores"]
+    told = [machine["cpu"], f"{cores} {'core' if cores == 1 else 'cores'}"]
+    if "memory_bytes" in machine:
+        told.append(f"{machine['memory_bytes'] / 2**30:.0f} GiB")
+    told += machine.get("gpus", [])
+    versions = {key: machine[key] for key in ("python", "torch", "ckatorch") if key in machine}
+    known = {**versions, **machine.get("versions", {})}
+    return ", ".join([*told, *(f"{name} {version}" for name, version in known.items())])
 
 
 def _rows(titles: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
@@ -113,7 +124,7 @@ def _rows(titles: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
         f"| {' | '.join(_title(title) for title in titles)} |",
         f"|{'|'.join('---:' if is_number else '---' for is_number in numeric)}|",
     ]
-    return "\n".join([*lines, *(f"| {' | '.join(_cell(row[title]) for title in titles)} |" for row in rows)])
+    return "\n".join([*lines, *(f"| {' | '.join(_cell(row[title], title) for title in titles)} |" for row in rows)])
 
 
 _UNITS = {"pct": "%", "pp": "pp", "ms": "ms", "s": "s", "bytes": "bytes", "nats": "nats"}
@@ -121,13 +132,13 @@ _UNITS = {"pct": "%", "pp": "pp", "ms": "ms", "s": "s", "bytes": "bytes", "nats"
 
 def _title(key: str) -> str:
     """`latency_ms_p50` -> `latency p50 [ms]`: the unit that a key names stands in brackets."""
-    words = key.split("_")
+    words = ["(95 % interval)" if word == "ci" else word for word in key.split("_")]
     unit = next((word for word in words[1:] if word in _UNITS), None)
     plain = " ".join(word for word in words if word != unit)
     return plain if unit is None else f"{plain} [{_UNITS[unit]}]"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, key: str = "") -> str:
     match value:
         case None:
             return ""
@@ -135,16 +146,23 @@ def _cell(value: Any) -> str:
             return "yes" if value else "no"
         case int():
             return f"{value:,}"
-        case float() if 99 < value < 100:
-            return f"{value:,.5g}"  # a share in percent: what is left of it counts
         case float():
-            return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"
+            return _number(value, key.split("_"))
         case list() | tuple():
-            return " to ".join(_cell(item) for item in value) if len(value) == 2 else ", ".join(map(_cell, value))
+            return (" to " if len(value) == 2 else ", ").join(_cell(item, key) for item in value)
         case dict():
-            return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+            return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
         case _:
             return str(value).replace("|", "\\|")
+
+
+def _number(value: float, words: Sequence[str]) -> str:
+    """Four digits; accuracies and points to the hundredth, which is one input of 10,000."""
+    if "pp" in words or "accuracy" in words:
+        return f"{value:.2f}"
+    if 99 < value < 100:
+        return f"{value:,.5g}"  # a share in percent: what is left of it counts
+    return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"
 
 
 def tree() -> str:

@@ -241,17 +241,18 @@ def test_tables_come_from_results_and_are_left_empty_without(tmp_path: Path) -> 
     assert source.loader is not None
     tables = importlib.util.module_from_spec(source)
     source.loader.exec_module(tables)
+    machine = {"platform": "old", "cpu": "fast", "cores": 2, "python": "3.11"}
     rows = [{"what": "a|b", "latency_ms_p50": 1.2345, "n": 10000, "drop_ci_pp": [0.1, None]}, {"other": True}]
-    content = {"schema": 1, "machine": {"cpu": "fast"}, "command": "python x.py", "rows": rows, "means": [{"n": 3}]}
+    content = {"schema": 1, "machine": machine, "command": "python x.py", "rows": rows, "means": [{"n": 3}]}
     (tmp_path / "known.json").write_text(json.dumps(content), encoding="utf-8")
     text = "<!-- table:known -->\nold\n<!-- /table -->\n<!-- table:absent -->\nold\n<!-- /table -->\n"
     text += "<!-- table:known @means n -->\n<!-- /table -->\n"
     filled = tables.fill(text, tmp_path)
-    assert "| what | latency p50 [ms] | n | drop ci [pp] |\n|---|---:|---:|---|" in filled
-    assert "| a\\|b | 1.234 | 10,000 | 0.1 to  |" in filled
+    assert "| what | latency p50 [ms] | n | drop (95 % interval) [pp] |\n|---|---:|---:|---|" in filled
+    assert "| a\\|b | 1.234 | 10,000 | 0.10 to  |" in filled
     assert "| other |" in filled
     assert "@means n -->\n| n |\n|---:|\n| 3 |\n" in filled
-    assert "`python x.py`<br>cpu fast" in filled
+    assert "`python x.py`<br>fast, 2 cores, python 3.11" in filled
     assert "<!-- table:absent -->\n<!-- /table -->" in filled
     assert "old" not in filled
     assert tables.fill(filled, tmp_path) == filled
