@@ -107,6 +107,7 @@ VARIANTS = {
     "without averaged weights": Variant({"ema": 0.0}),
     "rate not annealed": Variant(patched=("learning_rate_at", lambda step, steps, peak: peak)),
     "one view of each image": Variant({"views": 1}),
+    "four views, without boundary loss": Variant({"views": 4, "boundary_weight": 0.0}),
     "teacher and recovered student teach": Variant({"boundary_weight": 0.0}, committee=True),
 }
 
