@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running code, unwrapped, and fitted to a network key by key."""
+"""Checkpoint files: read without running code, and taken out of whatever the file wraps the weights in."""
 
 from __future__ import annotations
 
@@ -8,21 +8,34 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from causal_compress.errors import CheckpointError
 
 _NESTS = ("state_dict", "model", "model_state_dict", "ema", "model_ema", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 _MAX_LISTED = 5  # three such lists and what stands around them fit on one screen
-_SAVE_STATE = "save it anew with torch.save(model.state_dict(), FILE), or as .safetensors, where its source is at hand."
+SAVE_STATE = "save it anew with torch.save(model.state_dict(), FILE), or as .safetensors, where its source is at hand."
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A state dict as it was saved.
+
+    `tensors` are finite and on the CPU, by key. `layouts` holds what modules noted about the layout of their weights
+    (such as {"version": 2}), by the prefix of their keys ("" for the whole network); plain dicts and .safetensors
+    files have none.
+    """
+
+    tensors: State
+    layouts: dict[str, dict[str, Any]]
 
 
 class _Unread:
@@ -46,15 +59,15 @@ _NUMPY = tuple(
 )
 
 
-def read_state(weights: str) -> State:
+def read_state(weights: str) -> Checkpoint:
     """Read a state dict, taken out of whatever the file wraps it in.
 
     Args:
         weights: .pt, .pth, .th or .safetensors file.
 
     Returns:
-        Finite tensors on the CPU by key, with the file's own prefixes. Where a file holds several state dicts
-        the first of state_dict, model, model_state_dict, ema, model_ema, net is taken.
+        Its tensors and layouts, with the file's own prefixes. Where a file holds several state dicts the first of
+        state_dict, model, model_state_dict, ema, model_ema, net is taken.
 
     Raises:
         CheckpointError: missing, empty, truncated or corrupt file; pickled code; no state dict; NaN or infinity;
@@ -63,55 +76,10 @@ def read_state(weights: str) -> State:
     path = Path(weights)
     _check_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    state = _unwrap(content, path)
-    _check_plain(state, path)
-    _check_finite(state, path)
-    return state
-
-
-def load_weights(model: nn.Module, state: State, weights: str) -> None:
-    """Copy a state dict into a freshly built network.
-
-    Args:
-        model: Changed in place: it was built for this.
-        state: From `read_state`; the prefixes `module.`, `_orig_mod.` and `model.` are removed where they don't fit.
-        weights: Name of the file, for error messages.
-
-    Raises:
-        CheckpointError: keys missing, unexpected or of another shape, all listed; whole or complex numbers for
-            real weights; a network with extra state that is no tensor.
-
-    Limits:
-        A missing `num_batches_tracked` is no fault: it is not used at inference.
-    """
-    expected = model.state_dict()
-    _check_extra_state(expected)
-    state = _without_prefixes(state, set(expected))
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected and key != "n_averaged"]
-    reshaped = [key for key in state if key in expected and _shape(state[key]) != _shape(expected[key])]
-    if missing or unexpected or reshaped:
-        parts = [
-            _listed("missing in the file", missing, lambda key: f"{key} {_shape(expected[key])}"),
-            _listed("unexpected in the file", unexpected, lambda key: f"{key} {_shape(state[key])}"),
-            _listed(
-                "wrong shape", reshaped, lambda key: f"{key}: file {_shape(state[key])}, model {_shape(expected[key])}"
-            ),
-        ]
-        raise CheckpointError(
-            f"the weights in {weights} do not fit the architecture",
-            found="\n    ".join(part for part in parts if part),
-            remedy=_mismatch_remedy(state, expected, missing, reshaped),
-        )
-    _check_numbers(state, expected, weights)
-    try:
-        model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"the weights in {weights} can't be copied into the network",
-            found=str(error)[:300],
-            remedy="see the network's own load_state_dict, or " + _SAVE_STATE,
-        ) from error
+    checkpoint = _unwrap(content, path)
+    _check_plain(checkpoint.tensors, path)
+    _check_finite(checkpoint.tensors, path)
+    return checkpoint
 
 
 def file_sha256(weights: str) -> str:
@@ -155,7 +123,7 @@ def _refused(path: Path, found: str) -> CheckpointError:
         f"the checkpoint {path} holds pickled code, which is never run",
         found=found,
         wanted="a state dict: tensors by name",
-        remedy=_SAVE_STATE,
+        remedy=SAVE_STATE,
     )
 
 
@@ -217,7 +185,7 @@ def _check_archive(path: Path) -> None:
         raise _corrupt(path, f"the checksum of its part '{damaged}' is wrong")
 
 
-def _unwrap(content: Any, path: Path) -> State:
+def _unwrap(content: Any, path: Path) -> Checkpoint:
     for _ in range(3):
         inside = _nested(content)
         if inside is None:
@@ -225,13 +193,13 @@ def _unwrap(content: Any, path: Path) -> State:
         content = inside
     tensors = _tensors(content)
     if tensors:
-        return tensors
+        return Checkpoint(tensors, _layouts(content))
     keys = ", ".join(str(key) for key in list(content)[:_MAX_LISTED]) if isinstance(content, Mapping) else ""
     raise CheckpointError(
         f"the checkpoint {path} holds no state dict",
         found=f"a {type(content).__name__}" + (f" with the keys {keys}" if keys else ""),
         wanted=f"tensors by name, at the top or under one of {', '.join(_NESTS)}",
-        remedy=_SAVE_STATE,
+        remedy=SAVE_STATE,
     )
 
 
@@ -251,12 +219,24 @@ def _tensors(content: Any) -> State:
     return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
 
 
+def _layouts(content: Any) -> dict[str, dict[str, Any]]:
+    """What torch notes beside a state dict; its mark that tensors be taken over instead of copied is left out."""
+    noted = getattr(content, "_metadata", None)
+    if not isinstance(noted, Mapping):
+        return {}
+    return {
+        f"{path}." if path else "": {key: value for key, value in note.items() if key != "assign_to_params_buffers"}
+        for path, note in noted.items()
+        if isinstance(path, str) and isinstance(note, Mapping)
+    }
+
+
 def _check_plain(state: State, path: Path) -> None:
     bad = [key for key, value in state.items() if _storage(value)]
     if bad:
         raise CheckpointError(
             f"the checkpoint {path} holds tensors that are no plain weights",
-            found=_listed("stored otherwise", bad, lambda key: f"{key}: {_storage(state[key])}"),
+            found=listed("stored otherwise", bad, lambda key: f"{key}: {_storage(state[key])}"),
             wanted="dense tensors of float16, bfloat16, float32 or float64",
             remedy="save the weights as they were trained, from before they were quantized, cast or made sparse.",
         )
@@ -273,80 +253,22 @@ def _storage(tensor: Tensor) -> str:
     return str(tensor.dtype) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else ""
 
 
-def _check_numbers(state: State, expected: State, weights: str) -> None:
-    bad = [
-        key
-        for key, value in state.items()
-        if key in expected
-        and expected[key].is_floating_point()
-        and not (value.is_floating_point() or value.dtype == torch.bool)  # a mask becomes 0 and 1, which is right
-    ]
-    if bad:
-        raise CheckpointError(
-            f"the weights in {weights} are not of the kind that the network has",
-            found=_listed(
-                "other numbers", bad, lambda key: f"{key}: file {state[key].dtype}, model {expected[key].dtype}"
-            ),
-            wanted="real floating-point numbers",
-            remedy="quantized weights lack their scales here: save the float weights from before the quantization.",
-        )
-
-
-def _check_extra_state(expected: Mapping[str, Any]) -> None:
-    extra = [key for key, value in expected.items() if not isinstance(value, Tensor)]
-    if extra:
-        raise CheckpointError(
-            "the network's state dict holds more than tensors",
-            found=_listed("extra state", extra, lambda key: f"{key}, a {type(expected[key]).__name__}"),
-            wanted="parameters and buffers, all of them tensors",
-            remedy="remove get_extra_state from the module, and set in its constructor what is needed to run it.",
-        )
-
-
 def _check_finite(state: State, path: Path) -> None:
     numbers = {key: value for key, value in state.items() if value.is_floating_point() or value.is_complex()}
     bad = [key for key, value in numbers.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise CheckpointError(
             f"the weights in {path} are not finite",
-            found=_listed("NaN or infinity in", bad, str),
+            found=listed("NaN or infinity in", bad, str),
             remedy="use a checkpoint from before the training diverged.",
         )
 
 
-def _without_prefixes(state: State, expected: set[str]) -> State:
-    if not any("_orig_mod." in key for key in expected):  # torch.compile may have wrapped inner modules, too
-        state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    while prefix := _foreign_prefix(state, expected):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _foreign_prefix(state: State, expected: set[str]) -> str | None:
-    for prefix in _PREFIXES:
-        everywhere = all(key.startswith(prefix) for key in state if key != "n_averaged")
-        if everywhere and not any(key.startswith(prefix) for key in expected) and len(state) > 0:
-            return prefix if any(key.startswith(prefix) for key in state) else None
-    return None
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _listed(title: str, keys: list[str], describe: Any) -> str:
+def listed(title: str, keys: Collection[str], describe: Callable[[str], str]) -> str:
+    """Some of the keys, one a line, under a title with their number; nothing where there are none."""
     if not keys:
         return ""
-    lines = [str(describe(key)) for key in keys[:_MAX_LISTED]]
+    lines = [describe(key) for key in list(keys)[:_MAX_LISTED]]
     if len(keys) > _MAX_LISTED:
         lines.append(f"and {len(keys) - _MAX_LISTED} more")
     return f"{title} ({len(keys)}): " + "\n      ".join(["", *lines]).lstrip(" ")
-
-
-def _mismatch_remedy(state: State, expected: State, missing: list[str], reshaped: list[str]) -> str:
-    matrices = [key for key, value in expected.items() if key in state and value.dim() == 2]
-    head = matrices[-1] if matrices else None
-    if head in reshaped and not missing:
-        classes = state[head].shape[0]
-        return f"the file's last layer has {classes} outputs: try --set model.args.num_classes={classes}."
-    return "check that model.arch and model.args are those the weights were trained with."

@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from causal_compress.errors import MissingPackageError, UsageError
 from causal_compress.inputs.callables import call, load_callable
-from causal_compress.inputs.checkpoint import file_sha256, load_weights, read_state
+from causal_compress.inputs.checkpoint import file_sha256, read_state
+from causal_compress.inputs.weights import load_weights
 from causal_compress.recipe import ModelSection
 
 log = logging.getLogger(__name__)
@@ -49,13 +50,13 @@ def build_model(section: ModelSection, *, classes: int | None = None) -> nn.Modu
             remedy="add --arch, or model.arch in the recipe.",
         )
     # Read first: a checkpoint that can't be used is known before a large network is built.
-    state = read_state(section.weights) if section.weights is not None else None
+    checkpoint = read_state(section.weights) if section.weights is not None else None
     builder = _builder(section)
     arguments = dict(section.args) | _class_argument(builder, section, classes)
     model = call(builder, arguments, text=section.arch, option="model.arch")
     model = _checked_module(model, section.arch).cpu()
-    if state is not None:
-        load_weights(model, state, str(section.weights))
+    if checkpoint is not None:
+        load_weights(model, checkpoint, str(section.weights))
     log.info("built %s (%s)", section.arch, section.weights or "initial weights")
     return model.eval()
 
