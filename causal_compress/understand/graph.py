@@ -36,7 +36,8 @@ def make_pure(graph: fx.GraphModule) -> None:
             source = node.all_input_nodes[0]
             if "tensor_meta" in source.meta:  # `n += 1` overwrites a tensor, but not a number
                 source.replace_all_uses_with(node, lambda user, after=position: order[user] > after)
-    for module in graph.modules():
+    for node in order:
+        module = get_module(graph, node)
         if getattr(module, "inplace", None) is True:
             module.__dict__["inplace"] = False
     graph.recompile()

@@ -7,7 +7,6 @@ after its activation.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from causal_compress.errors import TraceError
 from causal_compress.results import Chain, Fold, RegionInfo, Skip
 from causal_compress.understand.cost import count_macs
-from causal_compress.understand.graph import common_name, compose_with_ends, extract, get_module, make_pure
+from causal_compress.understand.follow import follow
+from causal_compress.understand.graph import common_name, compose_with_ends, extract, get_module
 from causal_compress.understand.settled import separated, settled_copy
 
 logger = logging.getLogger(__name__)
 
 HEAVY = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
-_MOST_LEAVES = 50
 
 
 @dataclass(frozen=True)
@@ -66,32 +65,6 @@ class Network:
         return Chain(regions=tuple(region.info for region in self.regions), untraced=self.untraced)
 
 
-class _LeafTracer(fx.Tracer):
-    """A tracer that treats named modules as leaves and remembers in which module tracing failed."""
-
-    def __init__(self, leaves: set[str]) -> None:
-        super().__init__()
-        self.leaves = leaves
-        self.failed: str | None = None
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """One placeholder: all that `forward` takes besides its input keeps its default, as when it is called."""
-        del is_module, concrete_args
-        name = list(inspect.signature(root_fn).parameters)[1]
-        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self.failed is None:
-                self.failed = self.path_of_module(m)
-            raise
-
-
 def trace(model: nn.Module, example_input: Tensor) -> Network:
     """Trace a classifier and find its chain.
 
@@ -100,20 +73,15 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
         example_input: At least two real inputs, batch dimension first.
 
     Returns:
-        A network in evaluation mode without in-place operations. What fx can't follow stays one opaque region.
+        A network in evaluation mode without in-place operations that answers as the model does. What fx can't follow
+        stays one opaque region.
 
     Raises:
         TraceError: the model can't be run on the example, or does not return one logits tensor.
     """
     model = settled_copy(model)
     check_runs(model, example_input)
-    graph, untraced = _trace_with_leaves(model)
-    with torch.no_grad():
-        ShapeProp(graph).propagate(example_input.clone())  # the model may overwrite its input
-    make_pure(graph)
-    graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
+    graph, untraced = follow(model, example_input)
     return analyse(graph, example_input, (*untraced, *_batch_bound(graph)))
 
 
@@ -152,29 +120,6 @@ def _run(model: nn.Module, x: Tensor, remedy: str) -> Any:
             wanted=f"a forward pass on inputs of shape {tuple(x.shape[1:])}",
             remedy=remedy,
         ) from error
-
-
-def _trace_with_leaves(model: nn.Module) -> tuple[fx.GraphModule, tuple[Skip, ...]]:
-    leaves: set[str] = set()
-    skips: list[Skip] = []
-    for _ in range(_MOST_LEAVES):
-        tracer = _LeafTracer(leaves)
-        try:
-            return fx.GraphModule(model, tracer.trace(model)), tuple(skips)
-        except Exception as error:
-            reason = (
-                f"torch.fx can't follow it ({type(error).__name__}: {str(error).splitlines()[0][:120]}); left whole"
-            )
-            if tracer.failed is None or tracer.failed in leaves:
-                skips.append(Skip(what="the whole model", reason=reason))
-                break
-            leaves.add(tracer.failed)
-            skips.append(Skip(what=tracer.failed, reason=reason))
-    whole = nn.Module()
-    whole.add_module("model", model)
-    graph = fx.Graph()
-    graph.output(graph.call_module("model", (graph.placeholder("x"),)))
-    return fx.GraphModule(whole, graph), tuple(skips)
 
 
 def analyse(graph: fx.GraphModule, example_input: Tensor, untraced: tuple[Skip, ...] = ()) -> Network:
