@@ -152,6 +152,21 @@ def test_what_forward_takes_besides_its_input_keeps_its_default(kind: type[Wanti
     assert_chain_is_the_model(model, x, network)
 
 
+class Stacked(Wanting):
+    """Two branches on a first dimension of two, which is no batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.stack([torch.relu(self.a(x)), torch.tanh(self.a(x))]).mean(0))
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_as_many_branches_as_inputs_are_no_batch(rows: int) -> None:
+    model, x = Stacked().eval(), torch.rand(rows, 4)
+    network = trace(model, x)
+    assert [region.info.output_shape for region in network.regions] == [(4,), (2,)]
+    assert_chain_is_the_model(model, x, network)
+
+
 def test_a_norm_without_statistics_of_its_own_is_told() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(16, 2)

@@ -8,7 +8,7 @@ after its activation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -131,9 +131,8 @@ def analyse(graph: fx.GraphModule, example_input: Tensor, untraced: tuple[Skip, 
         example_input: At least two inputs.
         untraced: Carried along into the result.
     """
-    with torch.no_grad():
-        ShapeProp(graph).propagate(example_input)
-    boundaries = _coarsen(graph, _cut_points(graph, len(example_input)))
+    per_input = _per_input(graph, example_input)
+    boundaries = _coarsen(graph, _cut_points(graph, per_input))
     pieces = [extract(graph, entry, exit_) for entry, exit_ in pairwise(boundaries)]
     sites = tuple(node.name for node in boundaries[1:])
     apart = separated(pieces)
@@ -157,7 +156,20 @@ def _regions(pieces: list[fx.GraphModule], x: Tensor) -> tuple[Region, ...]:
     return tuple(regions)
 
 
-def _cut_points(graph: fx.GraphModule, batch: int) -> list[fx.Node]:
+def _per_input(graph: fx.GraphModule, x: Tensor) -> set[fx.Node]:
+    """Nodes that hold one float tensor of a row for each input; the graph's shapes are those for `x` afterwards.
+
+    A first dimension of as many rows as there are inputs can be chance; it has to grow with them.
+    """
+    found = []
+    with torch.no_grad():
+        for inputs in (torch.cat([x, x[:1]]), x):
+            ShapeProp(graph).propagate(inputs)
+            found.append({node for node in graph.graph.nodes if _is_activation(node, len(inputs))})
+    return found[0] & found[1]
+
+
+def _cut_points(graph: fx.GraphModule, per_input: Collection[fx.Node]) -> list[fx.Node]:
     """Dominators of the output that hold one float tensor with the batch first, from the input to the logits."""
     nodes = list(graph.graph.nodes)
     source = next(node for node in nodes if node.op == "placeholder")
@@ -167,7 +179,7 @@ def _cut_points(graph: fx.GraphModule, batch: int) -> list[fx.Node]:
     cuts = [logits]
     while cuts[-1] is not source:
         cuts.append(dominators[cuts[-1]])
-    return [node for node in reversed(cuts) if node is source or node is logits or _is_activation(node, batch)]
+    return [node for node in reversed(cuts) if node is source or node is logits or node in per_input]
 
 
 def _is_activation(node: fx.Node, batch: int) -> bool:
