@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,9 +165,23 @@ def _table_files(text: str, kind: Literal["csv", "parquet"], section: DataSectio
         path = section.test_source.removeprefix(f"{kind}:")
         test = tables.read_table(Path(path), kind, header=section.header, texts=texts)
         test = _same_columns(tables.with_names(test, Path(path), names, header=section.header), frame, path)
+        test = _numbers_as_in_training(test, frame, (*categorical, target))
         test_labels = tables.class_labels(test[target], classes, groups, path)
         test = test[columns]
     return Source(frame[columns], labels, test, test_labels, classes, categorical)
+
+
+def _numbers_as_in_training(test: pd.DataFrame, train: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """A word in a test column leaves all of its cells text; where training has numbers, 01 and 1.0 stay 1."""
+    changed = {}
+    for name in columns:
+        known = train[name].dtype
+        if pd.api.types.is_numeric_dtype(known) and not pd.api.types.is_bool_dtype(known):
+            cells = test[name].astype(object)
+            where = pd.to_numeric(cells, errors="coerce").notna()
+            # converted anew without the words: whole numbers beyond 2^53 then stay exact
+            changed[name] = cells.mask(where, pd.to_numeric(cells[where]).astype(object))
+    return test.assign(**changed)
 
 
 def _named_target(frame: pd.DataFrame, target: str) -> tuple[str, ...]:

@@ -1,0 +1,50 @@
+"""Tables as other programs write them: one odd cell, blanks after commas, money, durations, rows that come twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_sample import fault, load
+
+
+def written(folder: Path, head: str, row: Callable[[int], str], name: str = "table.csv", n: int = 60) -> str:
+    (folder / name).write_text("\n".join([head, *(row(index) for index in range(n))]) + "\n")
+    return f"csv:{folder / name}"
+
+
+@pytest.mark.parametrize("form", ["{}", "{}.0", "0{}"])
+@pytest.mark.parametrize("header", [True, False])
+def test_a_word_in_the_test_file_is_the_only_unknown_category(tmp_path: Path, form: str, header: bool) -> None:
+    def row(grade: str, i: int) -> str:
+        return f"{grade},{i},{i % 2}"
+
+    train = written(tmp_path, row("1", 1) if not header else "grade,a,y", lambda i: row(form.format(i % 3 + 1), i))
+    words = {0: "unknown", 1: "NA", 2: ""}
+    test = written(
+        tmp_path,
+        row("1", 1) if not header else "grade,a,y",
+        lambda i: row(words.get(i, form.format(i % 3 + 1)), i),
+        "test.csv",
+    ).removeprefix("csv:")
+    names = {"target": "y", "categorical": ["grade"]} if header else {"target": 2, "categorical": [0]}
+    data = load(train, test_source=test, header=header, **names)
+    assert data.features.categories == ((), ("1", "2", "3"))
+    codes = data.test.show(range(len(data.test)))[0 if header else 1 :, 1].tolist()
+    assert codes == [-1, -1, -1, *(i % 3 for i in range(3, 60))]
+
+
+def test_whole_numbers_too_large_for_a_float_stay_exact_beside_a_word(tmp_path: Path) -> None:
+    codes = [9007199254740993, 9007199254740994, 9007199254740995]
+    train = written(tmp_path, "code,a,y", lambda i: f"{codes[i % 3]},{i},{i % 2}")
+    test = written(tmp_path, "code,a,y", lambda i: f"{codes[i % 3] if i else 'none'},{i},{i % 2}", "test.csv")
+    data = load(train, test_source=test.removeprefix("csv:"), target="y", categorical=["code"])
+    assert data.test.show(range(4))[:, 1].tolist() == [-1, 1, 2, 0]
+
+
+def test_a_word_among_numbers_is_the_only_label_of_no_class(tmp_path: Path) -> None:
+    train = written(tmp_path, "a,y", lambda i: f"{i},{i % 2}.0")
+    test = written(tmp_path, "a,y", lambda i: f"{i},{i % 2 if i else 'maybe'}.0", "test.csv").removeprefix("csv:")
+    message = fault(train, test_source=test, target="y")
+    assert "found: maybe.0\n" in message
