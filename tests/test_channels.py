@@ -227,6 +227,35 @@ def test_a_map_of_one_channel_is_no_group() -> None:
     }
 
 
+class Beside(nn.Module):
+    """A residual branch whose last layer reads what two layers put out side by side, with or without a third added."""
+
+    def __init__(self, left: int, right: int, added: bool) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(8, left, 1), nn.Conv2d(8, right, 3, padding=1)
+        self.whole = nn.Conv2d(8, left + right, 1) if added else None
+        self.out = nn.Conv2d(left + right, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = 0.0 if self.whole is None else self.whole(x)
+        return x + self.out(torch.relu(whole + torch.cat([self.left(x), self.right(x)], 1)))
+
+
+@pytest.mark.parametrize(("left", "right"), [(6, 6), (4, 8)])
+def test_a_group_is_all_that_its_layers_read_and_write(left: int, right: int) -> None:
+    """Of layers that read or write other channels too, too few would be kept, and their cost be counted wrong."""
+    x = images(2, 1, 8)
+    beside = "between.out reads other channels beside them"
+    added = f"its {left + right} channels are added to {left} of between.left"
+    for model, reasons in (
+        (Beside(left, right, added=False), {"between.left": beside, "between.right": beside}),
+        (Beside(left, right, added=True), {"between.whole": added}),
+    ):
+        found, skips = find_groups(trace(Around(model), x).graph, x)
+        assert [group.producer for group in found] == ["first", "second"]
+        assert {skip.what: skip.reason for skip in skips} == {f"width of {at}": why for at, why in reasons.items()}
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_flattened_map_is_followed_only_channel_by_channel(channels_last: bool) -> None:
     class Flattened(nn.Module):

@@ -28,6 +28,7 @@ from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
 from causal_compress.shrink.widths import find_widths
+from causal_compress.understand.cost import count_macs
 from causal_compress.understand.network import is_allowed
 from causal_compress.understand.trace import trace
 
@@ -175,3 +176,29 @@ def test_a_student_that_differs_from_its_parts_is_refused(monkeypatch):
     monkeypatch.setattr(pruning, "copied", apart)
     with pytest.raises(SurgeryError, match=r"nats as a whole[\s\S]*plan\.exclude"):
         prune(assemble(network, merges), plan, front_at_input(network, "residual"), PruneSection())
+
+
+class Joined(nn.Module):
+    """A residual block that reads its own input beside a few channels of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.few = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.out, self.fc = nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.fc(torch.relu(x + self.out(torch.cat([x, torch.relu(self.few(x))], 1))).mean((2, 3)))
+
+
+def test_a_student_costs_what_was_planned_where_channels_are_concatenated():
+    network = network_of(Joined)
+    known = measured(network, min_channels=1)
+    assert any(row.ranks or row.widths or row.first < row.last for row in known.rows)
+    for seed in range(6):
+        plan = some_plan(known, seed)
+        student, _, _ = carried_out(network, plan)
+        out = [decision.outputs_kept for decision in plan.decisions]
+        rows = [decision.candidate for decision in plan.decisions]
+        planned_macs = sum(row.macs_fixed + kept * row.macs_out for row, kept in zip(rows, out, strict=True))
+        assert count_macs(student.graph, images(1, 1, 6)) == pytest.approx(planned_macs, rel=1e-6)

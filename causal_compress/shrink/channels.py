@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from causal_compress.results import Keep, Skip
-from causal_compress.understand.graph import ends, get_module, observer
+from causal_compress.understand.graph import ends, fetch, get_module, observer
 from causal_compress.understand.tail import is_affine
 from causal_compress.understand.trace import HEAVY
 
@@ -68,7 +68,8 @@ def find_groups(graph: fx.GraphModule, example_input: Tensor) -> tuple[tuple[Cha
         example_input: At least one input.
 
     Returns:
-        Groups in graph order, and what can't be narrowed with the reason. The classifier's outputs are never a group.
+        Groups in graph order, and what can't be narrowed with the reason. The classifier's outputs are never a group;
+        a group is all that its writers write and its readers read, so concatenated channels are none.
     """
     order = list(dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "call_module"))
     roots = [path for path in order if type(graph.get_submodule(path)) in _NARROWED]
@@ -88,6 +89,9 @@ def find_groups(graph: fx.GraphModule, example_input: Tensor) -> tuple[tuple[Cha
         refused |= faults
         groups = [group for group in groups if group.producer not in faults]
         faults = _faults(graph, example_input, groups)
+    beside = [(group, why) for group in groups if (why := _beside_others(graph, group))]
+    refused |= {group.producer: why for group, why in beside}
+    groups = [group for group in groups if group.producer not in refused]
     skips += [Skip(what=f"width of {producer}", reason=reason) for producer, reason in refused.items()]
     return tuple(groups), tuple(skips)
 
@@ -193,6 +197,17 @@ def _readable(path: str, channels: int, found: dict[str, list[Any]]) -> ChannelG
     return ChannelGroup(
         path, channels, tuple(dict.fromkeys(found["writer"])), tuple(dict.fromkeys(found["passing"])), readers
     )
+
+
+def _beside_others(graph: fx.GraphModule, group: ChannelGroup) -> str | None:
+    """Why a group is not all that its layers read and write, or None: whoever narrows and refits takes it for that."""
+    for reader in group.readers:
+        if sum(map(len, reader.positions)) != _inputs(graph, reader.layer):
+            return f"{reader.layer} reads other channels beside them"
+    for layer in group.writers:
+        if len(weight := fetch(graph, layer).weight) != group.channels:
+            return f"its {group.channels} channels are added to {len(weight)} of {layer}"
+    return None
 
 
 def _reader(layer: str, positions: list[int], channels: int) -> Reader:
