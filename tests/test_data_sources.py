@@ -193,6 +193,19 @@ def test_image_folder_without_a_size_keeps_the_images_own(tmp_path: Path) -> Non
     assert load(folder_of_images(tmp_path, (".",)), channels=1).input_shape == (1, 8, 10)
 
 
+def test_hidden_files_and_folders_hold_no_images(tmp_path: Path) -> None:
+    source = folder_of_images(tmp_path / ".data", (".",))
+    plain = load(source)
+    cats = tmp_path / ".data" / "cat"
+    (cats / "._0.png").write_bytes(b"\0\5\x16\7")  # what a Mac's zip adds
+    (cats / "more" / ".ipynb_checkpoints").mkdir(parents=True)
+    (cats / "more" / ".ipynb_checkpoints" / "0-checkpoint.png").write_bytes((cats / "0.png").read_bytes())
+    assert load(source).fingerprint == plain.fingerprint
+    for image in cats.glob("[0-9].png"):
+        image.unlink()
+    assert "has no images" in fault(source)
+
+
 def test_faults_of_image_folders(tmp_path: Path) -> None:
     assert "does not exist" in fault(f"imagefolder:{tmp_path / 'nowhere'}")
     assert "no class folders" in fault(f"imagefolder:{tmp_path}")

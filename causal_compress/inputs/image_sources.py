@@ -71,7 +71,9 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    """All images in the folder; what is hidden there is no image but a copy or a note of some program."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _listed(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], Labels, tuple[str, ...]]:
