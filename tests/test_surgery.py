@@ -37,6 +37,20 @@ def mobilenet() -> nn.Module:
     return mobilenet_v2(num_classes=5, width_mult=0.25)  # type: ignore[no-any-return]
 
 
+class Inverted(nn.Module):
+    """A residual block with a depthwise convolution between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        layers = nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1)
+        self.block = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.fc((x + self.block(x)).mean((2, 3)))
+
+
 def loud() -> nn.Module:
     """Weights so large that the outputs are not nearly the same for all inputs."""
     model = Stages()
@@ -51,6 +65,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "residual": (Residual, (1, 6)),
     "stages": (loud, (1, 8)),
     "depthwise": (Depthwise, (2, 6)),
+    "inverted": (Inverted, (2, 6)),
     "resnet18": (resnet18, (3, 32)),
     "mobilenet_v2": (mobilenet, (3, 32)),
 }
@@ -264,3 +279,14 @@ def test_nothing_that_is_passed_in_changes() -> None:
     assert [module.training for module in network.graph.modules()] == modes
     assert all(torch.equal(now, then) for now, then in zip(given_chunks, chunks, strict=True))
     assert plan == copy_of_plan
+
+
+def test_a_depthwise_convolution_can_be_narrowed_to_one_channel() -> None:
+    """With one channel left it looks like any convolution, but nothing in the teacher is there to refit it to."""
+    network = traced("inverted")
+    holder = next(r.info.index for r in network.regions if "block.0" in r.info.modules)
+    student, changes, _ = narrowed(network, planned(singles(network), {holder: {"block.0": 1}}), "inverted")
+    assert student.graph.get_submodule("block.2").weight.shape == (1, 1, 3, 3)
+    assert changes[0].what == "1 of 6 channels of block.0 kept"
+    assert changes[0].relative_error is not None
+    assert changes[0].relative_error < 1

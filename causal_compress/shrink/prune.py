@@ -42,7 +42,7 @@ from causal_compress.shrink.repair import (
 from causal_compress.shrink.surgery import Student, copied, merge_of
 from causal_compress.shrink.undo import is_whole
 from causal_compress.understand.graph import fetch, observer
-from causal_compress.understand.tail import Tail, find_tail, rectifier_ceiling
+from causal_compress.understand.tail import Tail, find_tail, is_affine, rectifier_ceiling
 
 Watch = Callable[[Tensor], Sequence[Tensor]]
 RECTIFIED_ROUNDS = 2
@@ -223,6 +223,8 @@ class _Work:
         if candidate.representative != candidate.first or candidate.adapter not in (None, "borrow"):
             return None
         original = self.front.network.regions[candidate.first].module
+        if not is_affine(fetch(original, layer)):  # depthwise; with one channel left it looks like any convolution
+            return None
         return observer(original, [find_site(original, layer).output])
 
     def _settle_drift(self, part: fx.GraphModule, layer: str, teacher: Watch, entering: list[Tensor]) -> Fitted:
