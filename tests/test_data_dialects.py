@@ -48,3 +48,23 @@ def test_a_word_among_numbers_is_the_only_label_of_no_class(tmp_path: Path) -> N
     test = written(tmp_path, "a,y", lambda i: f"{i},{i % 2 if i else 'maybe'}.0", "test.csv").removeprefix("csv:")
     message = fault(train, test_source=test, target="y")
     assert "found: maybe.0\n" in message
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_blanks_after_commas_belong_to_no_cell(tmp_path: Path, header: bool) -> None:
+    words = ['"in, out"', "?", "NA", "out"]
+
+    def row(blank: str) -> Callable[[int], str]:
+        return lambda i: f",{blank}".join((str(i), "?" if i % 7 == 3 else str(i * 2), words[i % 4], "no" * (i % 2 + 1)))
+
+    names = {"target": "y"} if header else {"target": 3}
+    spaced = load(written(tmp_path, 'a, "b, c", d, y' if header else row(" ")(1), row(" ")), header=header, **names)
+    dense = load(written(tmp_path, 'a,"b, c",d,y' if header else row("")(1), row("")), header=header, **names)
+    assert spaced.features.names == (("a", "b, c", "d") if header else ("column_0", "column_1", "column_2"))
+    assert spaced.features.categories == ((), (), ("<missing>", "NA", "in, out", "out"))
+    assert spaced.classes == ("no", "nono")
+    assert spaced.fingerprint == dense.fingerprint
+
+
+def test_rows_longer_than_the_header_are_refused_behind_blanks(tmp_path: Path) -> None:
+    assert "more fields than the header" in fault(written(tmp_path, 'y, "a, b"', lambda i: f"{i}, 1, "), target="y")

@@ -101,7 +101,7 @@ def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool, tex
             if header:
                 _check_width(path)
             known = {name if header else int(name.removeprefix("column_")): str for name in texts}
-            frame = pd.read_csv(path, header=0 if header else None, na_values=["?"], low_memory=False, dtype=known)
+            frame = _read_csv(path, header=header, na_values=["?"], low_memory=False, dtype=known)
     except ImportError as error:
         raise MissingPackageError(
             f"reading {path} needs the package pyarrow",
@@ -120,10 +120,15 @@ def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool, tex
     return frame.set_axis([str(name) if named else f"column_{name}" for name in frame.columns], axis=1)
 
 
+def _read_csv(path: Path, *, header: bool, **options: Any) -> pd.DataFrame:
+    """Blanks after a comma, as in UCI's files, belong to no cell: ` ?` is a missing value and ` "a, b"` one text."""
+    return pd.read_csv(path, header=0 if header else None, skipinitialspace=True, **options)
+
+
 def _check_width(path: Path) -> None:
     """Refuse first rows with more fields than names: pandas would take the surplus for row names and shift the rest."""
     try:
-        pd.read_csv(path, header=None, nrows=2, dtype=str)
+        _read_csv(path, header=False, nrows=2, dtype=str)
     except pd.errors.ParserError as error:
         if "Expected" not in str(error):
             raise
@@ -145,9 +150,7 @@ def with_names(frame: pd.DataFrame, path: Path, columns: Sequence[str], *, heade
     where = [number for number, name in enumerate(frame.columns) if name in columns and frame[name].isna().any()]
     if not where:
         return frame
-    cells = pd.read_csv(
-        path, header=0 if header else None, usecols=where, dtype=str, keep_default_na=False, na_values=_NO_TEXT
-    )
+    cells = _read_csv(path, header=header, usecols=where, dtype=str, keep_default_na=False, na_values=_NO_TEXT)
     frame = frame.copy()
     for place, number in enumerate(where):
         name = frame.columns[number]
