@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from causal_compress.shrink.refit import NormalEquations, ridge
-from causal_compress.shrink.repair import rectified_target
+from causal_compress.shrink.repair import accumulate, rectified_target
 from causal_compress.understand.tail import rectifier_ceiling
 
 FINITE = st.floats(-20, 20, allow_nan=False)
@@ -73,6 +73,19 @@ def test_targets_alone_can_be_added_to_known_rows():
     again.add_targets(z, other)
     for name in ("rows", "sum_z", "sum_t", "zz", "zt", "tt"):
         assert torch.equal(torch.as_tensor(getattr(again, name)), torch.as_tensor(getattr(whole, name)))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 9])
+def test_known_rows_are_held_out_as_before(chunks):
+    """With one chunk nothing is held out, the second time neither: no rows would make every error NaN."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [(torch.randn(20, 4, generator=generator), torch.randn(20, 3, generator=generator)) for _ in range(chunks)]
+    known = accumulate(nn.Linear(4, 3), rows, chunks)
+    again = accumulate(nn.Linear(4, 3), rows, chunks, known)
+    held = 0 if chunks == 1 else max(1, chunks // 4)
+    assert known.heldout.rows == 20 * (held or 1)
+    assert known.train.rows == 20 * (chunks - held)
+    assert again.solve([1e-3, 1e-1], None).relative_error == known.solve([1e-3, 1e-1], None).relative_error < math.inf
 
 
 class Ends(nn.Module):

@@ -154,7 +154,7 @@ def reader_equations(part: fx.GraphModule, site: Site, inputs: Sequence[Tensor])
 def accumulate(
     layer: nn.Module, rows: Iterable[tuple[Tensor, Tensor]], chunks: int, known: Fitted | None = None
 ) -> Fitted:
-    """Sum the rows of all chunks; every fourth chunk is held out.
+    """Sum the rows of all chunks; every fourth is held out, the last of two or three, none where there is only one.
 
     Args:
         layer: The affine layer to be refitted.
@@ -168,7 +168,8 @@ def accumulate(
     few: bool | None = None
     for index, (features, outputs) in enumerate(rows):
         z, t = sample_rows(layer, features, outputs, most, index)
-        held = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 if chunks >= HELD_OUT_EVERY else index == chunks - 1
+        last = min(HELD_OUT_EVERY, chunks) - 1
+        held = chunks > 1 and index % HELD_OUT_EVERY == last
         few = few_enough(len(z) * chunks, z.shape[1]) if few is None else few
         if few:
             sums[held] = FewRows(z, t) if held not in sums else sums[held] + FewRows(z, t)  # type: ignore[operator]
@@ -176,9 +177,7 @@ def accumulate(
         added = sums.setdefault(held, NormalEquations(z.shape[1], t.shape[1]))
         assert isinstance(added, NormalEquations)
         add(added, z, t)
-    train = sums.get(False, sums.get(True))
-    assert train is not None
-    return Fitted(train, sums.get(True, train))
+    return Fitted(sums[False], sums.get(True, sums[False]))
 
 
 def rows_wanted(layer: nn.Module) -> int:
