@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from data_sample import fault, load
 
@@ -68,3 +71,22 @@ def test_blanks_after_commas_belong_to_no_cell(tmp_path: Path, header: bool) -> 
 
 def test_rows_longer_than_the_header_are_refused_behind_blanks(tmp_path: Path) -> None:
     assert "more fields than the header" in fault(written(tmp_path, 'y, "a, b"', lambda i: f"{i}, 1, "), target="y")
+
+
+def test_decimals_and_durations_of_a_parquet_file_are_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    cents = np.arange(60) * 125
+    table = pd.DataFrame(
+        {
+            "price": [Decimal(int(value)) / 100 if value else None for value in cents],
+            "wait": pd.to_timedelta([None, *cents[1:]], unit="min"),
+            "y": [Decimal(i % 2) for i in range(60)],
+        }
+    )
+    table.to_parquet(tmp_path / "table.parquet")
+    data = load(f"parquet:{tmp_path / 'table.parquet'}", target="y")
+    assert data.features.categories == ((), ())
+    assert data.classes == ("0", "1")
+    wanted = np.stack([cents / 100, cents * 60], axis=1)
+    wanted[0] = np.nan
+    np.testing.assert_array_equal(data.train.show(range(len(data.train))), wanted[data.train.positions])

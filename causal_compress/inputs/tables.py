@@ -77,7 +77,7 @@ class Encoding:
 
 
 def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool, texts: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a table; without a header its columns are called column_0, column_1, ...
+    """Read a table; without a header its columns are called column_0, column_1, ...; durations become seconds.
 
     Args:
         path: The file.
@@ -117,7 +117,18 @@ def read_table(path: Path, kind: Literal["csv", "parquet"], *, header: bool, tex
     if frame.empty:
         raise DataError(f"the table {path} has no rows", remedy="check that the file is complete.")
     named = header or kind == "parquet"
-    return frame.set_axis([str(name) if named else f"column_{name}" for name in frame.columns], axis=1)
+    return _with_numbers(frame.set_axis([str(name) if named else f"column_{name}" for name in frame.columns], axis=1))
+
+
+def _with_numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Decimals, which databases write for money, as floats, and durations as seconds: both are numbers."""
+    numbers = {}
+    for name, column in frame.items():
+        if column.dtype.kind == "m":
+            numbers[str(name)] = column.dt.total_seconds()
+        elif column.dtype == object and pd.api.types.infer_dtype(column, skipna=True) == "decimal":
+            numbers[str(name)] = column.astype(np.float64)
+    return frame.assign(**numbers) if numbers else frame
 
 
 def _read_csv(path: Path, *, header: bool, **options: Any) -> pd.DataFrame:
