@@ -35,6 +35,22 @@ def test_attention_counts_all_its_products(need_weights):
     assert count_macs(Attention().eval(), torch.zeros(1, 5, 8)) == 5 * (192 + 64) + 2 * 5 * 5 * 8
 
 
+def test_recurrent_layers_count_all_their_products():
+    class Last(nn.Module):
+        def __init__(self, recurrent):
+            super().__init__()
+            self.recurrent = recurrent
+
+        def forward(self, x):
+            return self.recurrent(x)[0][:, -1]
+
+    x = torch.rand(2, 7, 5)
+    enabled = torch.backends.mkldnn.enabled
+    assert count_macs(Last(nn.LSTM(5, 8, batch_first=True)), x) == 7 * 4 * 8 * (5 + 8)
+    assert count_macs(Last(nn.GRU(5, 8, batch_first=True)), x) == 7 * 3 * 8 * (5 + 8)
+    assert torch.backends.mkldnn.enabled == enabled
+
+
 def test_counting_changes_nothing():
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout())
     model[1].eval()

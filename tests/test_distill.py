@@ -7,7 +7,7 @@ from typing import Any
 import distill_sample
 import pytest
 import torch
-from distill_sample import BOUNDARY, CLASSES, SIZE, Net, data, network, run, same, section
+from distill_sample import BOUNDARY, CLASSES, SIZE, Net, Rows, data, network, run, same, section
 from torch import Tensor, fx, nn
 
 from causal_compress.errors import DataError, NumericalError, TraceError
@@ -178,6 +178,25 @@ def test_views_come_again_and_the_teacher_is_asked_once_for_each(
         monkeypatch.setattr(training, "_taught", lambda course, batch, inside: (ask(course.teacher, batch.x)[0], ()))
         again, _ = run(student, teacher, section(epochs=9, views=2), boundaries=())
         assert same(fresh.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_no_row_is_left_over_where_epochs_come_again(
+    student: nn.Module, teacher: nn.Module, monkeypatch: pytest.MonkeyPatch, views: int
+) -> None:
+    seen: list[Tensor] = []
+    loss = training._loss
+
+    def remember(course: Any, learner: Any, batch: Any, step: int) -> Tensor:
+        seen.append(batch.x)
+        return loss(course, learner, batch, step)
+
+    monkeypatch.setattr(training, "_loss", remember)
+    rows = data(teacher)
+    rows.train = Rows(rows.train.x[:60], rows.train.labels[:60])
+    run(student, teacher, section(epochs=2, views=views, intervened_share=0.0), data=rows, boundaries=())
+    assert [len(x) for x in seen] == [32, 32, 32, 32]
+    assert len(torch.cat(seen[:2]).flatten(1).unique(dim=0)) == 60
 
 
 def test_norms_for_training_leave_the_structure_and_are_resumed(teacher: nn.Module, tmp_path: Path) -> None:

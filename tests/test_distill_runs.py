@@ -123,6 +123,22 @@ def test_damaged_progress_is_refused(student: nn.Module, teacher: nn.Module, tmp
         run(student, teacher, section(epochs=1), progress_dir=tmp_path)
 
 
+def test_progress_with_a_flipped_bit_is_refused(student: nn.Module, teacher: nn.Module, tmp_path: Path) -> None:
+    run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+    path = tmp_path / checkpoint.FILE_NAME
+    content = path.read_bytes()
+    at = content.index(weight_bytes(tmp_path))
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(RunFolderError, match="delete"):
+        run(student, teacher, section(epochs=1), progress_dir=tmp_path)
+
+
+def weight_bytes(folder: Path) -> bytes:
+    """What a weight of the student looks like in the file."""
+    state = torch.load(folder / checkpoint.FILE_NAME, weights_only=True)["student"]
+    return state["bn.weight"].numpy().tobytes()
+
+
 LAUNCHED = """
 import sys, torch
 from distill_sample import BOUNDARY, data, network, section

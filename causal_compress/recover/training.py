@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -52,8 +52,11 @@ class Course:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the rows that are left over differ from epoch to epoch."""
-        return max(1, len(self.data.train) // self.section.batch_size)
+        """Whole batches in an epoch. Rows that are left over differ from epoch to epoch, and where epochs come again
+        (`views`) there are none: rows of the first batch fill the last.
+        """
+        rows, size = len(self.data.train), self.section.batch_size
+        return max(1, rows // size) if self.section.views is None else -(-rows // size)
 
     @property
     def steps(self) -> int:
@@ -217,7 +220,7 @@ def _batches(course: Course, index: int) -> Iterator[_Batch]:
     seed = _mixed_seed(course.seed, view)
     generator = torch.Generator().manual_seed(seed)
     batches = course.data.train.batches(course.section.batch_size, shuffle_seed=seed, augment=True)
-    batches = islice(batches, course.steps_per_epoch)
+    batches = islice(_filled(batches, min(course.section.batch_size, len(course.data.train))), course.steps_per_epoch)
     if course.accelerator.is_main_process:
         label = f"distill {index + 1}/{course.section.epochs}"
         batches = progress(batches, label=label, total=course.steps_per_epoch)
@@ -226,6 +229,15 @@ def _batches(course: Course, index: int) -> Iterator[_Batch]:
         seen = _intervene_on(x, rows, course, generator)
         key = None if course.section.views is None else (view, number)
         yield _own_rows(course, _Batch(seen, labels, torch.arange(len(x)) >= rows, key))
+
+
+def _filled(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All batches of the same size: a short last one is filled with rows of the first."""
+    first: tuple[Tensor, Tensor] | None = None
+    for x, labels in batches:
+        first = first or (x, labels)
+        missing = size - len(x)
+        yield torch.cat([x, first[0][:missing]]), torch.cat([labels, first[1][:missing]])
 
 
 def _intervene_on(x: Tensor, rows: int, course: Course, generator: torch.Generator) -> Tensor:

@@ -39,12 +39,13 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         TraceError: the network can't be run on the input.
 
     Source: torch.utils.flop_counter, whose convention is two operations for one multiply-add.
-    Limits: element-wise operations, normalisation and pooling are not counted; MACs are not speed.
+    Limits: element-wise operations, normalisation, pooling and `nn.Bilinear` are not counted; MACs are not speed.
     """
     counter = FlopCounterMode(display=False)
     try:
-        # The counter knows matrix products but not the CPU's fused attention.
-        with evaluating(model), plain_attention(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        # The counter knows matrix products but not the CPU's fused attention and recurrent layers.
+        attention, recurrence = sdpa_kernel(SDPBackend.MATH), _plain_recurrence()
+        with evaluating(model), plain_attention(), attention, recurrence, torch.no_grad(), counter:
             model(example_input[:1])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise TraceError(
@@ -89,3 +90,13 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    """Recurrent layers as the matrix products that they consist of."""
+    before = torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(before[0])

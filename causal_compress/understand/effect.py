@@ -20,7 +20,7 @@ def units(activation: Float[Tensor, "samples ..."]) -> Float[Tensor, "samples un
     Returns:
         Features as they are; of maps and tokens the mean over positions: a unit is a channel, wherever it fires.
 
-    Limits: a channel-last feature map is taken for channel-first.
+    Limits: a channel-last feature map is taken for channel-first, and what a Conv1d puts out for tokens.
     """
     activation = activation.detach()
     if activation.ndim == 3:
