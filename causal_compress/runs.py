@@ -231,8 +231,8 @@ def open_run(run_dir: Path, recipe: Recipe, *, command: Sequence[str], reuse: Pa
 
     Args:
         run_dir: The folder; made if absent.
-        recipe: What is asked for; a folder made for another recipe is refused. One made before a key of the recipe
-            existed is the same recipe's if the key has its default now.
+        recipe: What is asked for; a folder that holds finished stages of another recipe is refused. One made before a
+            key of the recipe existed is the same recipe's if the key has its default now.
         command: The command line, for run.json.
         reuse: Another run folder; stages with the same key are copied from it. It is only read.
 
@@ -300,7 +300,8 @@ def read_result(folder: Path, name: str, result_type: type[T]) -> T:
 def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Provenance:
     """The run's provenance: a new one, or the folder's own with this command, machine and versions."""
     fingerprint, now = recipe_sha256(recipe), versions()
-    if not (folder / _RUN).exists():
+    old = read_provenance(folder) if (folder / _RUN).exists() else None
+    if old is None or not old.stages:  # a command that failed before its first result binds the folder to nothing
         return Provenance(
             command=command,
             recipe_sha256=fingerprint,
@@ -311,7 +312,6 @@ def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Prove
             seed=recipe.seed,
             stages=(),
         )
-    old = read_provenance(folder)
     if old.recipe_sha256 != fingerprint:
         refuse_another(folder, folder / _RECIPE, recipe)
     if changed := sorted(name for name in {*old.versions, *now} if old.versions.get(name) != now.get(name)):

@@ -97,6 +97,20 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_folder_in_which_nothing_was_finished_takes_another_recipe(tmp_path):
+    mistyped = Recipe.model_validate({"model": {"weights": "nope.pt"}, "seed": 3})
+    with pytest.raises(FileNotFoundError), opened(tmp_path, mistyped) as run:
+        run.stage("plan", Skip, lambda _: Path("nope.pt").read_text(), depends={})
+    work = Work()
+    run_once(tmp_path, work)
+    assert work.calls == 1
+    told = read_provenance(tmp_path)
+    assert (told.recipe_sha256, told.seed) == (recipe_sha256(RECIPE), RECIPE.seed)
+    assert yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())["model"]["weights"] is None
+    with pytest.raises(RunFolderError, match="another recipe"), opened(tmp_path, mistyped):
+        pytest.fail("the folder holds a result of the right recipe now")
+
+
 def forget(folder, key):
     """The run folder as it was before a key of `distill` existed."""
     recipe, told = folder / "recipe.resolved.yaml", folder / "run.json"
