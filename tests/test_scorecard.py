@@ -77,6 +77,18 @@ def test_worst_runtime_counts():
 
 
 @pytest.mark.parametrize(
+    ("interval", "expected"), [((-0.3, 1.1), "INCONCLUSIVE"), ((1.01, 1.1), "FAIL"), ((-0.3, 1.0), "PASS")]
+)
+def test_the_worst_verdict_counts_not_the_largest_drop(interval, expected):
+    largest = student(runtime="onnxruntime", drop_pp=0.9, drop_ci_pp=(0.8, 1.0))
+    other = student(runtime="onnxruntime", precision="int8", drop_pp=0.4, drop_ci_pp=interval)
+    rows = [row("teacher", runtime="onnxruntime"), largest, other]
+    outcome, (reason,) = verdict(rows, BudgetSection(max_accuracy_drop=1))
+    assert outcome == expected
+    assert reason.startswith(f"drop of accuracy {'0.90' if expected == 'PASS' else '0.40'} pp")
+
+
+@pytest.mark.parametrize(
     ("key", "limit", "expected"), [("macs", 0.5, "PASS"), ("macs", 0.49, "FAIL"), ("params", 0.4, "FAIL")]
 )
 def test_costs_are_judged(key, limit, expected):
