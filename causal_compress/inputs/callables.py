@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +27,8 @@ def load_callable(text: str, *, option: str) -> Callable[..., Any]:
         option: The recipe key it came from, for error messages.
 
     Returns:
-        The callable, not yet called.
+        The callable, not yet called. Whenever it is called it can import what lies beside its file (or in the current
+        folder, for a module), even where another file has a module of the same name beside it.
 
     Raises:
         UsageError: no such file, module or name; the code raises while it is imported.
@@ -38,10 +41,14 @@ def load_callable(text: str, *, option: str) -> Callable[..., Any]:
             wanted="FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE",
             remedy=f"write, for instance, --set {option}=my_code.py:make.",
         )
-    module = _load_file(Path(place), option) if place.endswith(".py") else _load_module(place, option)
+    file = Path(place) if place.endswith(".py") else None
+    folder = Path.cwd() if file is None else file.resolve().parent
+    siblings: dict[str, ModuleType] = {}
+    with _siblings_importable(folder, siblings):
+        module = _load_module(place, option) if file is None else _load_file(file, option)
     value = getattr(module, name, None)
     if callable(value):
-        return value  # type: ignore[no-any-return]
+        return _beside(folder, siblings, value)
     raise UsageError(
         f"{option}: {place} has no callable '{name}'",
         found="a value that can't be called" if value is not None else "no such name",
@@ -91,8 +98,7 @@ def _load_file(path: Path, option: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:
-        with _siblings_importable(path.resolve().parent):
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise _import_failed(str(path), option, error) from error
@@ -101,21 +107,63 @@ def _load_file(path: Path, option: str) -> ModuleType:
 
 def _load_module(name: str, option: str) -> ModuleType:
     try:
-        with _siblings_importable(Path.cwd()):
-            return importlib.import_module(name)
+        return importlib.import_module(name)
     except Exception as error:
         raise _import_failed(name, option, error) from error
 
 
+def _beside(folder: Path, siblings: dict[str, ModuleType], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _siblings_importable(folder, siblings):
+            return function(*args, **kwargs)
+
+    return called
+
+
 @contextmanager
-def _siblings_importable(folder: Path) -> Iterator[None]:
-    """Let the user's code import what lies beside it; installed packages keep precedence."""
-    before = list(sys.path)
+def _siblings_importable(folder: Path, siblings: dict[str, ModuleType]) -> Iterator[None]:
+    """Let the user's code import what lies beside it; installed packages keep precedence.
+
+    Modules of the same names that came from another folder stand aside meanwhile, and come back. Those that were
+    imported in their stead are kept in `siblings` for the next time. All others stay imported: pickle needs them.
+    """
+    path = list(sys.path)
+    names = {top for top in {_top(name) for name in sys.modules} if _in_the_way(top, folder)}
+    aside = _replace_modules(names, siblings)
     sys.path.append(str(folder))
     try:
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:] = path
+        siblings.update(_replace_modules(names, aside))
+
+
+def _replace_modules(names: set[str], modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    """Put in modules instead of those with these names, and of what lies in packages so called; return the latter."""
+    removed = {name: sys.modules.pop(name) for name in list(sys.modules) if _top(name) in names}
+    sys.modules.update(modules)
+    return removed
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _in_the_way(name: str, folder: Path) -> bool:
+    """Whether an imported module hides one in `folder`, and came neither from there nor from where packages are."""
+    if not (folder / f"{name}.py").is_file() and not (folder / name).is_dir():
+        return False
+    package = importlib.machinery.PathFinder.find_spec(name)
+    if package is not None and not _lies_in(folder, package.origin, *(package.submodule_search_locations or ())):
+        return False
+    module = sys.modules.get(name)
+    places = (getattr(module, "__file__", None), *getattr(module, "__path__", ()))
+    return any(places) and not _lies_in(folder, *places)
+
+
+def _lies_in(folder: Path, *places: str | None) -> bool:
+    return any(Path(place).resolve().is_relative_to(folder) for place in places if place)
 
 
 def _import_failed(place: str, option: str, error: Exception) -> UsageError:
