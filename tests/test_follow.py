@@ -131,8 +131,9 @@ def test_what_is_followed_into_something_else_is_left_whole(kind: type[Plain]) -
     assert_answers(model, network.teacher)
 
 
-def test_only_the_module_that_writes_into_a_view_is_left_whole() -> None:
+def test_only_the_module_that_writes_into_a_view_is_left_whole(caplog: pytest.LogCaptureFixture) -> None:
     network = trace(Viewing(), inputs())
+    assert "halves: traced by torch.fx it answers otherwise" in caplog.text
     assert [skip.what for skip in network.untraced] == ["halves"]
     assert [region.info.name for region in network.regions] == ["first", "second", "fc"]
     assert_answers(Viewing(), network.teacher)

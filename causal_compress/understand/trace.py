@@ -82,6 +82,8 @@ def trace(model: nn.Module, example_input: Tensor) -> Network:
     model = settled_copy(model)
     check_runs(model, example_input)
     graph, untraced = follow(model, example_input)
+    for skip in untraced:
+        logger.warning("%s: %s", skip.what, skip.reason)
     return analyse(graph, example_input, (*untraced, *_batch_bound(graph)))
 
 
