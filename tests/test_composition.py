@@ -202,3 +202,30 @@ def test_a_student_costs_what_was_planned_where_channels_are_concatenated():
         rows = [decision.candidate for decision in plan.decisions]
         planned_macs = sum(row.macs_fixed + kept * row.macs_out for row, kept in zip(rows, out, strict=True))
         assert count_macs(student.graph, images(1, 1, 6)) == pytest.approx(planned_macs, rel=1e-6)
+
+
+class Flat(nn.Module):
+    """Convolutions and a flattening head of two layers; behind a PReLU of one slope torch-pruning loses track."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(n, 8, 3, padding=1) for n in (1, 8, 8))
+        self.hidden, self.fc = nn.Linear(8 * 36, 16), nn.Linear(16, 3)
+        self.acts = nn.ModuleList([act() for _ in range(4)])
+
+    def forward(self, x):
+        for layer, act in zip((self.first, self.second, self.third), self.acts[:3], strict=True):
+            x = act(layer(x))
+        return self.fc(self.acts[3](self.hidden(torch.flatten(x, 1))))
+
+
+@pytest.mark.parametrize(("act", "read"), [(nn.ReLU, True), (nn.PReLU, False)])
+def test_a_merged_part_reads_fewer_channels_only_if_they_can_go_where_it_stands(act, read):
+    network = network_of(lambda: Flat(act))
+    known = measured(network)
+    moved = [row for row in known.rows if row.inputs_kept < 1.0 and row.first < row.representative]
+    assert bool(moved) == read
+    plans = [some_plan(known, seed) for seed in range(60)]
+    merged = [p for p in plans if any(d.candidate.inputs_kept < 1.0 and d.candidate in moved for d in p.decisions)]
+    for plan in (merged or plans)[:5]:
+        carried_out(network, plan)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from causal_compress.results import Adapter, Candidate, Merge
 from causal_compress.shrink.borrow import borrowed_groups, fit_hidden, hidden_of, lent_values
-from causal_compress.shrink.channels import ChannelGroup
+from causal_compress.shrink.channels import ChannelGroup, find_groups
 from causal_compress.shrink.costs import layer_costs, part_costs, with_biases
 from causal_compress.shrink.repair import (
     Fitted,
@@ -27,7 +27,7 @@ from causal_compress.shrink.repair import (
     write_solution,
 )
 from causal_compress.shrink.widths import aligned, level_counts
-from causal_compress.understand.graph import ancestors, ends, fetch, get_module, observer
+from causal_compress.understand.graph import ancestors, compose, ends, fetch, get_module, observer
 from causal_compress.understand.tail import Tail, find_tail
 
 if TYPE_CHECKING:
@@ -121,9 +121,18 @@ class Choice:
 
     def reads_cut(self) -> bool:
         """Whether the part can do with fewer channels of the cut point before it: its tail alone reads them."""
-        if self.tail is None or self.adapter == "project":
+        if self.tail is None or self.cut is None or self.adapter == "project":
             return False
-        return self.first == self.representative or reads_channels(self.part, self.tail)
+        if self.first == self.representative:  # as in the teacher, where it was tried out
+            return True
+        return reads_channels(self.part, self.tail) and self._is_followed(self.cut.producer, self.tail.affine)
+
+    def _is_followed(self, producer: str, reader: str) -> bool:
+        """Whether channels can go where the part stands right behind the region before it, which is yet to be seen."""
+        together = compose([self.sweep.network.regions[self.first - 1].module, self.part])
+        groups, _ = find_groups(together, self.sweep.before)
+        found = [group for group in groups if group.producer == producer]
+        return bool(found) and [layer.layer for layer in found[0].readers] == [reader]
 
     def _fit_projection(self) -> None:
         name = f"adapter_{self.first}_{self.last}"

@@ -94,18 +94,20 @@ def _is_better(one: Candidate, other: Candidate) -> bool:
 
 
 class Sweep:
-    """Walks along the chain, holding the teacher's activations before the current region."""
+    """Walks along the chain, holding the teacher's activations before the current region, and a few one region back."""
 
     def __init__(self, network: Network, probe: Probe, widths: Widths, section: PlanSection) -> None:
         self.network, self.widths, self.section = network, widths, section
         self.fit, self.heldout = probe.fit, probe.heldout
         self.first = 0
+        self.before = self.heldout[0][:0]
         self.ahead: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         with torch.no_grad():
             self.reference = [F.log_softmax(network.graph(x) / section.temperature, 1) for x in probe.heldout]
 
     def advance(self) -> None:
         """Go to the next region."""
+        self.before = self.heldout[0][:4].clone()  # for trying out which channels are read
         with torch.no_grad():
             module = self.network.regions[self.first].module
             self.fit = [module(x) for x in self.fit]
