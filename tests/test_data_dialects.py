@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from data_sample import fault, load
+from data_sample import fault, load, whole
 
 
 def written(folder: Path, head: str, row: Callable[[int], str], name: str = "table.csv", n: int = 60) -> str:
@@ -90,3 +90,22 @@ def test_decimals_and_durations_of_a_parquet_file_are_numbers(tmp_path: Path) ->
     wanted = np.stack([cents / 100, cents * 60], axis=1)
     wanted[0] = np.nan
     np.testing.assert_array_equal(data.train.show(range(len(data.train))), wanted[data.train.positions])
+
+
+def test_test_rows_that_are_training_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def row(i: int) -> str:
+        return f"{i // 2 if i else ''},{'ab'[i // 2 % 2]},{i // 2 % 2}"
+
+    data = load(written(tmp_path, "a,b,y", row, n=80), target="y")
+    train, test = ({tuple(x) for x in whole(split).tolist()} for split in (data.train, data.test))
+    copies = sum(tuple(x) in train for x in whole(data.test).tolist())
+    assert copies > 2
+    assert len(test) > copies
+    assert f"{copies} of 16 test rows are equal to training rows" in caplog.text
+    caplog.clear()
+    load(written(tmp_path, "a,b,y", lambda i: f"{i},{'ab'[i % 2]},{i % 2}"), target="y")
+    assert "equal to training rows" not in caplog.text
+    apart = written(tmp_path, "a,b,y", lambda i: f"{i + (0 if i < 9 else 900)},{'ab'[i % 2]},1", "test.csv")
+    data = load(f"csv:{tmp_path / 'table.csv'}", test_source=apart.removeprefix("csv:"), target="y")
+    held_out = {*data.calibration.positions.tolist(), *data.validation.positions.tolist()}
+    assert f"{9 - len(held_out & set(range(9)))} of 60 test rows are equal" in caplog.text

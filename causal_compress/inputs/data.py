@@ -158,6 +158,7 @@ def load_data(section: DataSection, *, seed: int) -> Data:
     parts = _split(source, section, seed)
     kind: Literal["image", "table"] = "table" if isinstance(source.pool, pd.DataFrame) else "image"
     pool, test, encoding = _rows(source, section, parts)
+    _warn_of_copies(pool, test, parts)
     shown_labels = source.labels if source.test_labels is None else source.test_labels
     train, calibration = (
         Split(torch.from_numpy(source.labels[where]), pool, where) for where in (parts.train, parts.calibration)
@@ -274,6 +275,18 @@ def _rows(source: Source, section: DataSection, parts: _Parts) -> tuple[Rows, Ro
     if isinstance(source.test, ImageArray | ImageItems):
         return images, ImageRows(source.test, preparation), None
     return images, images, None
+
+
+def _warn_of_copies(pool: Rows, test: Rows, parts: _Parts) -> None:
+    if not isinstance(pool, TableRows) or not isinstance(test, TableRows):
+        return
+    known = {row.tobytes() for row in pool.encoded[parts.train]}
+    if copies := sum(row.tobytes() in known for row in test.encoded[parts.test]):
+        log.warning(
+            "%d of %d test rows are equal to training rows; if they are copies, remove them: they test memory only",
+            copies,
+            len(parts.test),
+        )
 
 
 def _preparation(store: ImageArray | ImageItems, section: DataSection) -> Preparation:
