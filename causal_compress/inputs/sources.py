@@ -180,7 +180,8 @@ def _numbers_as_in_training(test: pd.DataFrame, train: pd.DataFrame, columns: Se
             cells = test[name].astype(object)
             where = pd.to_numeric(cells, errors="coerce").notna()
             # converted anew without the words: whole numbers beyond 2^53 then stay exact
-            changed[name] = cells.mask(where, pd.to_numeric(cells[where]).astype(object))
+            cells[where] = pd.to_numeric(cells[where]).astype(object)
+            changed[name] = cells
     return test.assign(**changed)
 
 
