@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files
 from causal_compress.deploy.versus import measure_targets
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.audit import audit
-from causal_compress.explain.report import ReportInput, build_report, read_report_json, report_json
+from causal_compress.explain.report import STUDENT, ReportInput, build_report, read_report_json, report_json
 from causal_compress.files import atomic_write_text, make_folder
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
@@ -46,7 +47,7 @@ from causal_compress.runs import read_provenance, read_result
 from causal_compress.shrink.bisect import Case, bisect, with_inputs
 from causal_compress.shrink.surgery import Student
 from causal_compress.shrink.surgery import replay as replay_surgery
-from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of
+from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of, student_mark
 from causal_compress.understand.algebra import folded
 from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import Network, trace
@@ -68,7 +69,8 @@ def rebuild_report(run_dir: Path) -> Path:
             remedy="run the compress command on this folder again: it computes only what is missing",
         )
     context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
-    atomic_write_text(run_dir / "report.html", build_report(context))
+    with _into_the_run(run_dir):
+        atomic_write_text(run_dir / "report.html", build_report(context))
     return run_dir / "report.html"
 
 
@@ -264,7 +266,11 @@ def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None
         run_dir: A finished run.
         overrides: Keys of the recipe's audit section that are to differ.
         apart: Checkpoint of the teacher's architecture that was trained apart, a yardstick for attribution drift.
+
+    Raises:
+        RunFolderError: no finished run, its folder can't be written, or data or checkpoint are not those of the run.
     """
+    student = _student_asked_about(run_dir)
     finished = reopen(run_dir)
     recipe = finished.recipe
     section = AuditSection(**{**(recipe.audit or AuditSection()).model_dump(), **overrides})
@@ -274,7 +280,7 @@ def audit_run(run_dir: Path, overrides: Mapping[str, Any], *, apart: Path | None
         stranger = build_model(weights, classes=len(finished.data.classes))
     with numerics(recipe):
         found = audit(finished.network, finished.student, finished.data, section, seed=recipe.seed, apart=stranger)
-    _write(audit_file(run_dir), found)
+    _write(audit_file(run_dir), found, student)
     _tell(run_dir, lambda context: replace(context, audit=found))
     return found
 
@@ -291,7 +297,11 @@ def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = No
         run_dir: A finished run.
         inputs: Calibration inputs for each refit; None: as many as the run used.
         top: Only so many changes, those with most harm in the ledger; None: all.
+
+    Raises:
+        RunFolderError: no finished run, its folder can't be written, or data or checkpoint are not those of the run.
     """
+    student = _student_asked_about(run_dir)
     finished = reopen(run_dir)
     recipe = finished.recipe
     ledger = [line for stage in ("rewrite", "prune") for line in read_result(run_dir, stage, Log).changes]
@@ -307,21 +317,45 @@ def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = No
             temperature=recipe.plan.temperature,
         )
         found = bisect(with_inputs(case, inputs), ledger, top=top, distilled=recipe.distill is not None)
-    _write(run_dir / "bisect.json", found)
+    _write(run_dir / "bisect.json", found, student)
     _tell(run_dir, lambda context: replace(context, bisection=found))
     return found
+
+
+def _student_asked_about(run_dir: Path) -> str:
+    """Which student a finished run has now; refuses, before any work, a folder that the answer can't go into."""
+    read_result(run_dir, "export", Exported)
+    with _into_the_run(run_dir):
+        make_folder(run_dir)
+    return student_mark(run_dir)
+
+
+@contextmanager
+def _into_the_run(run_dir: Path) -> Iterator[None]:
+    """Errors of a run folder that can't be written, with a remedy for commands that have no --out."""
+    try:
+        with disk_errors(run_dir):
+            yield
+    except RunFolderError as error:
+        if "--out" not in error.remedy:
+            raise
+        remedy = "mend its permissions, or copy the folder to where files can be written and name the copy"
+        raise RunFolderError(error.what, found=error.found, wanted=error.wanted, remedy=remedy) from error
 
 
 def _tell(run_dir: Path, extend: Callable[[ReportInput], ReportInput]) -> None:
     """Put what was found after the run into its report, where it has one."""
     if (run_dir / "report.json").exists():
         context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
-        atomic_write_text(run_dir / "report.json", report_json(extend(context)))
+        with _into_the_run(run_dir):
+            atomic_write_text(run_dir / "report.json", report_json(extend(context)))
         rebuild_report(run_dir)
 
 
-def _write(path: Path, value: Any) -> None:
-    from pydantic_core import to_json
+def _write(path: Path, value: Any, student: str) -> None:
+    """Write what was found about a student, and which student it was."""
+    from pydantic_core import to_json, to_jsonable_python
 
-    with disk_errors(path.parent):
-        atomic_write_text(path, to_json(value, indent=1, inf_nan_mode="constants").decode() + "\n")
+    marked = {STUDENT: student, **to_jsonable_python(value)}
+    with _into_the_run(path.parent):
+        atomic_write_text(path, to_json(marked, indent=1, inf_nan_mode="constants").decode() + "\n")

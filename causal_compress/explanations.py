@@ -16,6 +16,7 @@ from torch import Tensor
 from causal_compress.afterwards import RECIPE, Finished, reopen
 from causal_compress.errors import DataError, UsageError
 from causal_compress.explain.explaining import Question, Subject, ask, ask_about_file, explain, find_nodes
+from causal_compress.explain.formats import strict
 from causal_compress.explain.page import Pictures, explanation_page, pictures_of
 from causal_compress.files import atomic_write_text, make_room
 from causal_compress.inputs.data import Data, Split, load_data
@@ -206,6 +207,6 @@ def write_explanations(explained: Explained, path: Path) -> None:
 
     from pydantic_core import to_jsonable_python
 
-    plain = to_jsonable_python(explained.explanations, inf_nan_mode="strings")
+    plain = strict(to_jsonable_python(explained.explanations))
     content = {"schema": 1, "title": explained.title, "explanations": plain}
     atomic_write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n")

@@ -24,6 +24,7 @@ from causal_compress.errors import UsageError
 from causal_compress.explain.audit import audit
 from causal_compress.explain.examples import Examples, find_disagreements
 from causal_compress.explain.report import ReportInput, audited_later, bisected, build_report, report_json
+from causal_compress.files import sha256_of_json
 from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import checkpoint_sha256
@@ -360,11 +361,17 @@ def report(run: Run, recipe: Recipe, known: Understood, told: Told) -> None:
         pareto=stored(run, "search", Pareto),
         latency=stored(run, "latency", LatencyTable),
         quantized=quantized,
-        audit=audited_later(run.folder) or audited,
-        bisection=bisected(run.folder),
+        audit=audited_later(run.folder, student_mark(run.folder)) or audited,
+        bisection=bisected(run.folder, student_mark(run.folder)),
     )
     run.write_text("report.json", report_json(context))
     run.write_text("report.html", build_report(context))
+
+
+def student_mark(folder: Path) -> str:
+    """Fingerprint of a run's student and of all that it was made from, for what is found about it after the run."""
+    record = next(record for record in read_provenance(folder).stages if record.stage == "export")
+    return sha256_of_json([record.key, record.files[WEIGHTS]])
 
 
 def stored(run: Run, stage: str, result_type: type[T]) -> T | None:

@@ -99,10 +99,12 @@ def finish(scorecard: Scorecard, folder: Path, as_json: bool) -> int:
 
 
 def as_json_text(value: Any) -> str:
-    """A result as JSON."""
-    from pydantic_core import to_json
+    """A result as JSON that every parser reads: NaN and infinity stand as text."""
+    from pydantic_core import to_jsonable_python
 
-    return to_json(value, indent=2, inf_nan_mode="constants").decode()
+    from causal_compress.explain.formats import strict
+
+    return json.dumps(strict(to_jsonable_python(value)), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def command_line() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 MISSING = "–"
 _NBSP = "\u00a0"
@@ -114,3 +115,16 @@ def interval(low: float, high: float, places: int = 2) -> str:
 def opposite(low: float, high: float, places: int = 2) -> str:
     """The interval of a drop as that of a change: 0.61 to 1.02 becomes −1.02 to −0.61."""
     return interval(-high, -low, places)
+
+
+def strict(value: Any) -> Any:
+    """Plain data for JSON, which has no NaN: as text it survives every parser, and pydantic reads it as a number."""
+    match value:
+        case dict():
+            return {key: strict(item) for key, item in value.items()}
+        case list():
+            return [strict(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case _:
+            return value

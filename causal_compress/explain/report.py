@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -42,6 +43,10 @@ from causal_compress.results import (
     TeacherScore,
 )
 
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+STUDENT = "of_student"
+"""Key in audit-later.json and bisect.json: the student that they are about."""
 SCHEMA = 2
 """2: search, latency, quantization and audit may be there; 1, without them, is still read."""
 _config = ConfigDict(extra="forbid", ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
@@ -156,21 +161,30 @@ def report_json(context: ReportInput) -> str:
     """
     lines = [{"name": h.name, "before": h.before, "after": h.after, "change": h.change} for h in _headline(context)]
     verdict = context.scorecard.verdict if context.scorecard else None
-    results = _strict(TypeAdapter(ReportInput).dump_python(context, mode="json"))
+    results = formats.strict(TypeAdapter(ReportInput).dump_python(context, mode="json"))
     report = {"schema": SCHEMA, "verdict": verdict, "headline": lines, **results}
     return json.dumps(report, ensure_ascii=False, allow_nan=False)
 
 
-def bisected(folder: Path) -> Bisection | None:
-    """What `bisect` found about a run, if it was asked."""
-    path = folder / "bisect.json"
-    return TypeAdapter(Bisection).validate_json(path.read_bytes()) if path.exists() else None
+def bisected(folder: Path, student: str) -> Bisection | None:
+    """What `bisect` found about a run, if it was asked about this student (`stages.student_mark`)."""
+    return _found_later(folder / "bisect.json", student, Bisection)
 
 
-def audited_later(folder: Path) -> Audit | None:
-    """The last audit of a run that was asked for after it (`afterwards.audit_file`), if any was."""
-    paths = [path for name in ("audit-later.json", "audit.json") if (path := folder / name).exists()]
-    return TypeAdapter(Audit).validate_json(paths[0].read_bytes()) if paths else None
+def audited_later(folder: Path, student: str) -> Audit | None:
+    """The last audit of a run that was asked for after it (`afterwards.audit_file`), if any was of this student."""
+    found = (_found_later(folder / name, student, Audit) for name in ("audit-later.json", "audit.json"))
+    return next(filter(None, found), None)
+
+
+def _found_later(path: Path, student: str, result_type: type[T]) -> T | None:
+    found = json.loads(path.read_bytes()) if path.exists() else {}
+    about = found.pop(STUDENT, None)  # the run's own audit.json doesn't say
+    if about != student:
+        if about is not None:
+            logger.warning("%s is about an earlier student and not told in the report: ask again", path)
+        return None
+    return TypeAdapter(result_type).validate_json(json.dumps(found))
 
 
 def read_report_json(text: str) -> ReportInput:
@@ -200,19 +214,6 @@ def _upgrade(results: dict[str, Any]) -> None:
     results.get("groups", {}).pop("random_init_cka_mean", None)
     if results.get("distilled"):
         results["distilled"].setdefault("compiled", False)
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: as a string it survives every parser, and pydantic reads it back as a number."""
-    match value:
-        case dict():
-            return {key: _strict(item) for key, item in value.items()}
-        case list():
-            return [_strict(item) for item in value]
-        case float() if not math.isfinite(value):
-            return str(value)
-        case _:
-            return value
 
 
 def _view(context: ReportInput) -> dict[str, Any]:
