@@ -58,8 +58,21 @@ def test_what_was_not_measured_is_refused_and_what_was_is_listed(other):
 def test_the_row_that_was_asked_for_is_judged():
     slow = student(runtime="onnxruntime", precision="int8", speedup=0.9, speedup_ci=(0.8, 1.0))
     both = Scorecard(verdict="PASS", reasons=(), notes=(), rows=(*card().rows, slow))
-    assert judge(both, Limits(min_speedup=1.5)).verdict == "PASS"
+    assert judge(both, Limits(min_speedup=1.5, precision="fp32")).verdict == "PASS"
     assert judge(both, Limits(min_speedup=1.5, precision="int8")).verdict == "FAIL"
+
+
+def test_the_chosen_form_is_judged_where_none_was_asked_for(tmp_path, capsys):
+    eight = student(runtime="onnxruntime", precision="int8", drop_pp=3.0, drop_ci_pp=(2.0, 4.0))
+    both = Scorecard(verdict="PASS", reasons=(), notes=(), rows=(*card().rows, eight))
+    gated = judge(both, Limits(max_drop_pp=1.0))
+    assert (gated.verdict, gated.precision) == ("FAIL", "int8")
+    assert judge(card(), Limits(max_drop_pp=1.0)).precision == "fp32"
+    path = tmp_path / "card.json"
+    path.write_bytes(TypeAdapter(Scorecard).dump_json(both))
+    assert main(["gate", str(path), "--max-drop", "1"]) == 3
+    assert main(["gate", str(path), "--max-drop", "1", "--precision", "fp32"]) == 0
+    assert "onnxruntime int8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("limit", "code"), [("0.5", 0), ("0.05", 3), ("0.3", 4)])

@@ -145,6 +145,22 @@ def test_headline_names_accuracy_work_size_and_speed(html: str) -> None:
         assert text in top
 
 
+def test_headline_shows_int8_where_it_was_chosen_for_its_size() -> None:
+    context = full_sample()
+    assert context.scorecard is not None
+    at = next(row for row in context.scorecard.rows if (row.model, row.runtime) == ("student", "onnxruntime"))
+    eight = dataclasses.replace(at, precision="int8", size_bytes=520_000, latency_ms_p50=99.0, accuracy_pct=91.07)
+    card = dataclasses.replace(context.scorecard, rows=(*context.scorecard.rows, eight))
+    lines = json.loads(report_json(dataclasses.replace(context, scorecard=card)))["headline"]
+    told = {line["name"]: line["after"].replace("\u00a0", " ") for line in lines}
+    assert told["Accuracy"] == "91.07 %"
+    assert told["File size (INT8)"] == "520 kB"
+    assert any(name.startswith("Latency (ONNX Runtime") and name.endswith(", INT8)") for name in told)
+    without = json.loads(report_json(dataclasses.replace(context, scorecard=None)))["headline"]
+    told = {line["name"]: line["after"].replace("\u00a0", " ") for line in without}
+    assert (told["Accuracy (validation)"], told["File size (INT8)"]) == ("92.00 %", "520 kB")
+
+
 def test_a_speed_up_within_the_noise_is_called_no_difference() -> None:
     card = sample().scorecard
     assert card is not None

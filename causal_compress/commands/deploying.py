@@ -57,7 +57,9 @@ def export(*, run: Path, goal: str, out: Path | None, as_json: bool, **asked: An
 @click.option("--max-drop", "max_drop_pp", type=float, metavar="PP", help="Largest drop of accuracy [pp].")
 @click.option("--min-speedup", type=float, metavar="X", help="Smallest speed-up over the teacher.")
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Runtime whose measurement is judged.")
-@click.option("--precision", type=click.Choice(_PRECISIONS), default="fp32", show_default=True, help="Of the student.")
+@click.option(
+    "--precision", type=click.Choice(_PRECISIONS), help="Of the student; default: int8 where it was chosen, else fp32."
+)
 @click.option("--batch", type=int, default=1, show_default=True, help="Batch size.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")

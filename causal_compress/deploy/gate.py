@@ -13,12 +13,14 @@ _ORDER: tuple[Verdict, ...] = ("FAIL", "INCONCLUSIVE", "PASS")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a student must satisfy, and where: `max_drop_pp` [percentage points], `min_speedup` over the teacher."""
+    """What a student must satisfy, and where: `max_drop_pp` [percentage points], `min_speedup` over the teacher.
+    Without a precision it is the form that was chosen: INT8 where it was measured, FP32 otherwise.
+    """
 
     max_drop_pp: float | None = None
     min_speedup: float | None = None
     runtime: str = "onnxruntime"
-    precision: str = "fp32"
+    precision: str | None = None
     batch: int = 1
     threads: int = 1
 
@@ -81,10 +83,12 @@ _WHY: dict[Verdict, str] = {"FAIL": ": missed", "INCONCLUSIVE": ": the interval 
 
 def _row(scorecard: Scorecard, limits: Limits) -> ScoreRow:
     students = [row for row in scorecard.rows if row.model == "student"]
-    wanted = (limits.runtime, limits.precision, limits.batch, limits.threads)
-    for row in students:
-        if (row.runtime, row.precision, row.batch, row.threads) == wanted:
-            return row
+    precisions = (limits.precision,) if limits.precision else ("int8", "fp32")  # INT8 is measured only where chosen
+    for precision in precisions:
+        wanted = (limits.runtime, precision, limits.batch, limits.threads)
+        for row in students:
+            if (row.runtime, row.precision, row.batch, row.threads) == wanted:
+                return row
     there = {(row.runtime, row.precision, row.batch, row.threads) for row in students}
     listed = [
         f"{runtime} {precision}, batch {batch}, threads {threads}" for runtime, precision, batch, threads in there

@@ -22,11 +22,12 @@ class Headline:
 
 @dataclass(frozen=True)
 class Amounts:
-    """What teacher (first) and student (second) need, where no scorecard tells."""
+    """What teacher (first) and student (second) need, where no scorecard tells; `int8`: the student's form."""
 
     macs: tuple[int, int]
     params: tuple[int, int]
     size_bytes: tuple[int, int]
+    int8: bool = False
 
 
 def headline(
@@ -44,16 +45,21 @@ def headline(
         return (_validation_line(*validation), *_amount_lines(amounts))
     before, after = pair
     measured = Amounts(
-        (amounts.macs[0], after.macs), (amounts.params[0], after.params), (before.size_bytes, after.size_bytes)
+        (amounts.macs[0], after.macs),
+        (amounts.params[0], after.params),
+        (before.size_bytes, after.size_bytes),
+        after.precision == "int8",
     )
     return (_accuracy_line(before, after), _latency_line(before, after), *_amount_lines(measured))
 
 
 def used_rows(scorecard: Scorecard | None) -> tuple[ScoreRow, ScoreRow] | None:
-    """Teacher and student where they will be used: a deployment runtime rather than torch, one input at a time."""
+    """Teacher and student where they will be used: a deployment runtime rather than torch, one input at a time, and
+    INT8 where there is such a row, since it is measured only where it was chosen.
+    """
     rows = sorted(
         scorecard.rows if scorecard else (),
-        key=lambda r: (r.runtime == "torch", r.batch, r.threads, r.latency_ms_p50),
+        key=lambda r: (r.runtime == "torch", r.batch, r.threads, r.precision != "int8", r.latency_ms_p50),
     )
     for student in (r for r in rows if r.model == "student"):
         teacher = _beside(student, rows)
@@ -72,7 +78,7 @@ def _amount_lines(amounts: Amounts) -> tuple[Headline, ...]:
     return (
         _ratio_line("Work per input (MACs)", amounts.macs, "", "exact count"),
         _ratio_line("Parameters", amounts.params, "", "exact count"),
-        _ratio_line("File size", amounts.size_bytes, "B", "exact size"),
+        _ratio_line("File size (INT8)" if amounts.int8 else "File size", amounts.size_bytes, "B", "exact size"),
     )
 
 
@@ -107,8 +113,9 @@ def _ratio_line(name: str, amounts: tuple[int, int], unit: str, sure: str) -> He
 def _latency_line(before: ScoreRow, after: ScoreRow) -> Headline:
     interval = f"95 % interval {formats.interval(*after.speedup_ci)}"
     speed = drawings.speed_in_words(after)
+    setting = drawings.setting_name(after.runtime, after.batch, after.threads)
     return Headline(
-        name=f"Latency ({drawings.setting_name(after.runtime, after.batch, after.threads)})",
+        name=f"Latency ({setting}{', INT8' if after.precision == 'int8' else ''})",
         before=formats.ms(before.latency_ms_p50),
         after=formats.ms(after.latency_ms_p50),
         change=speed,

@@ -38,6 +38,7 @@ from causal_compress.results import (
     Plan,
     Provenance,
     Quantized,
+    QuantizedFile,
     Scorecard,
     Skip,
     TeacherScore,
@@ -245,13 +246,20 @@ def _view(context: ReportInput) -> dict[str, Any]:
 
 
 def _headline(context: ReportInput) -> tuple[Headline, ...]:
-    teacher, pruned = context.teacher, context.pruned
+    teacher, pruned, int8 = context.teacher, context.pruned, _chosen_int8(context.quantized)
+    size_bytes, answers = context.exported.size_bytes, _journey(context)[-1][1]
+    if int8 is not None:
+        size_bytes, answers = int8.size_bytes, int8.accuracy
     amounts = Amounts(
-        (teacher.macs, pruned.macs),
-        (teacher.params, pruned.params),
-        (teacher.size_bytes, context.exported.size_bytes),
+        (teacher.macs, pruned.macs), (teacher.params, pruned.params), (teacher.size_bytes, size_bytes), int8 is not None
     )
-    return headline(context.scorecard, (teacher.accuracy, _journey(context)[-1][1]), amounts)
+    return headline(context.scorecard, (teacher.accuracy, answers), amounts)
+
+
+def _chosen_int8(quantized: Quantized | None) -> QuantizedFile | None:
+    """The INT8 file for CPUs where it was chosen over the FP32 one."""
+    files = quantized.files if quantized is not None and quantized.chosen == "int8" else ()
+    return next((file for file in files if file.family == "cpu"), None)
 
 
 def _thin(front: Sequence[Any]) -> tuple[Any, ...]:
