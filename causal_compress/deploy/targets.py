@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -236,6 +236,31 @@ def input_shape(file: ModelFile) -> tuple[int, ...]:
             f"{file.path.name} doesn't fix the size of its inputs", found=str(sizes), remedy="give --data SOURCE"
         )
     return tuple(size for size in sizes if size is not None)
+
+
+def bytes_on_disk(file: ModelFile) -> int:
+    """What has to be carried to a device for one model.
+
+    Args:
+        file: Any model file.
+
+    Returns:
+        Size of the file and of those beside it that hold its weights [bytes].
+    """
+    beside: Iterable[Path] = ()
+    if file.kind == "openvino":
+        beside = (file.path.with_suffix(".bin"),)
+    elif file.kind == "onnx":
+        beside = _external_data(file.path)
+    return sum(path.stat().st_size for path in (file.path, *beside) if path.is_file())
+
+
+def _external_data(path: Path) -> list[Path]:
+    """The files beside an .onnx file that its weights and constants lie in, each once."""
+    graph = parse_onnx(path.read_bytes()).graph
+    constants = (given.t for node in graph.node for given in node.attribute if given.HasField("t"))
+    stored = (entry for tensor in (*graph.initializer, *constants) for entry in tensor.external_data)
+    return [path.parent / name for name in sorted({entry.value for entry in stored if entry.key == "location"})]
 
 
 def _of_package(folder: Path, package: Package) -> Iterator[ModelFile]:

@@ -27,7 +27,7 @@ def onnx_traffic(content: bytes) -> Traffic | None:
     """Cost of one input, from the graph's shapes.
 
     Args:
-        content: An ONNX file with a free first dimension.
+        content: An ONNX file; weights that lie in files beside it are not read.
 
     Returns:
         The cost; None where the shapes of the graph can't be inferred.
@@ -37,6 +37,7 @@ def onnx_traffic(content: bytes) -> Traffic | None:
     import onnx
 
     model = parse_onnx(content)
+    batch = declared_batch(model) or 1
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim[:1]:
             if dim.dim_param:
@@ -53,7 +54,22 @@ def onnx_traffic(content: bytes) -> Traffic | None:
         return None
     weights = _weight_bytes(graph)
     activations = sum(4 * prod(shape) for shape in produced if shape is not None)
-    return Traffic(_macs(graph, shapes), len(computing), activations, weights)
+    return Traffic(round(_macs(graph, shapes) / batch), len(computing), round(activations / batch), weights)
+
+
+def declared_batch(model: Any) -> int | None:
+    """The batch size that an ONNX model fixes.
+
+    Args:
+        model: onnx.ModelProto.
+
+    Returns:
+        The first dimension of its input; None where that is free, or the model does not tell.
+    """
+    weights = {weight.name for weight in model.graph.initializer}  # which older files list among the inputs
+    given = next((value for value in model.graph.input if value.name not in weights), None)
+    sizes = given.type.tensor_type.shape.dim if given is not None else ()
+    return sizes[0].dim_value or None if sizes else None
 
 
 def why_no_speed(
@@ -107,9 +123,10 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _weight_bytes(graph: Any) -> int:
-    from onnx import numpy_helper
+    """From dimensions and types, because the numbers themselves may lie in a file beside."""
+    from onnx.helper import tensor_dtype_to_np_dtype
 
-    return sum(int(numpy_helper.to_array(weight).nbytes) for weight in graph.initializer)
+    return sum(prod(weight.dims) * tensor_dtype_to_np_dtype(weight.data_type).itemsize for weight in graph.initializer)
 
 
 def _macs(graph: Any, shapes: dict[str, tuple[int, ...] | None]) -> int:

@@ -16,9 +16,9 @@ from causal_compress.deploy.evidence import Array, Evidence
 from causal_compress.deploy.memory import peak_memory
 from causal_compress.deploy.precision import parse_onnx
 from causal_compress.deploy.runtimes import Runtime, for_any_batch, open_runtime, torch_threads
-from causal_compress.deploy.targets import Entry
+from causal_compress.deploy.targets import Entry, bytes_on_disk
 from causal_compress.deploy.timing import Ratio, compare_latencies, percentiles, time_in_turn
-from causal_compress.deploy.traffic import Traffic, onnx_traffic, why_no_speed
+from causal_compress.deploy.traffic import Traffic, declared_batch, onnx_traffic, why_no_speed
 from causal_compress.errors import ExportError, UsageError
 from causal_compress.provenance import machine, versions
 from causal_compress.recipe import BenchmarkSection
@@ -118,13 +118,14 @@ def _try_all(
             fitting = tuple(batch for batch in section.batches if batch not in misfits)
             if not fitting:
                 raise misfits[section.batches[0]]
-            answers = _answers(loaded, own, fixed or (fitting[0] if misfits else None))
+            answers, unjudged = _judged(loaded, own, fixed or (fitting[0] if misfits else None))
             loaded = replace(loaded, batches=fitting, answers=answers)
         except _REFUSALS as error:
             refused.append(_skip(entry.name, error))
         else:
             runnable.append(loaded)
             refused += [_skip(f"{entry.name}, batch {batch}", error) for batch, error in misfits.items()]
+            refused += [_skip(f"{entry.name}, accuracy", error) for error in unjudged]
     if not runnable:
         raise ExportError("no target runs here", found="; ".join(skip.reason for skip in refused), remedy="see above")
     return runnable, refused
@@ -156,10 +157,10 @@ def _misfits(loaded: _Loaded, batches: Sequence[int], fixed: int | None) -> dict
                     remedy=f"give --batch {fixed}, or export it with a free batch size",
                 )
             answered = loaded.runtime.run(loaded.batch(batch))
-            if len(answered) != batch:  # OpenVINO takes inputs of another width, and answers nothing
+            if np.shape(answered)[:1] != (batch,):  # OpenVINO takes inputs of another width, and answers nothing
                 raise ExportError(
                     f"the model does not answer each input of a batch of {batch}",
-                    found=f"answers of shape {answered.shape} to inputs of shape {loaded.batch(batch).shape}",
+                    found=f"answers of shape {np.shape(answered)} to inputs of shape {loaded.batch(batch).shape}",
                     remedy="give --data of the shape that the model takes, or measure it alone",
                 )
         except _REFUSALS as error:
@@ -171,9 +172,7 @@ def _fixed_batch(entry: Entry) -> int | None:
     """The batch size that an .onnx file declares; None where it is free, or the file does not tell."""
     if entry.file.kind != "onnx":
         return None
-    declared = parse_onnx(entry.file.path.read_bytes()).graph.input
-    sizes = declared[0].type.tensor_type.shape.dim if declared else ()
-    return sizes[0].dim_value or None if sizes else None
+    return declared_batch(parse_onnx(entry.file.path.read_bytes()))
 
 
 def _refuse_batches(runtime: Runtime, batches: Sequence[int]) -> None:
@@ -187,18 +186,39 @@ def _refuse_batches(runtime: Runtime, batches: Sequence[int]) -> None:
         )
 
 
+def _judged(loaded: _Loaded, evidence: Evidence, part: int | None) -> tuple[_Answers | None, list[Exception]]:
+    """The answers; where they can't be judged, why not: the model is timed all the same."""
+    try:
+        return _answers(loaded, evidence, part), []
+    except _REFUSALS as error:
+        return None, [error]
+
+
 def _answers(loaded: _Loaded, evidence: Evidence, part: int | None) -> _Answers | None:
     if evidence.batches is None:
         return None
     given, right = [], []
     run, file = for_any_batch(loaded.runtime, fixed=part), loaded.entry.file
     for x, y in evidence.batches():
-        given.append(run(x).argmax(1))
+        given.append(_logits(run(x)).argmax(1))
         right.append(y)
     answers = np.concatenate(given)
     expected = evidence.expected.get((file.path.parent, file.role))
     agreed = None if expected is None else 100.0 * float((answers == expected).mean())
     return _Answers(evidence, answers == np.concatenate(right), agreed)
+
+
+def _logits(answered: Array) -> Array:
+    """Answers as N x classes; those of a fully convolutional network, N x classes x 1 x 1, are such."""
+    shape = np.shape(answered)
+    if len(shape) < 2 or shape[1] < 2 or set(shape[2:]) - {1}:
+        raise ExportError(
+            "the answers can't be compared with labels",
+            found=f"a first output of shape {shape}",
+            wanted="a number for each input and class, N x classes",
+            remedy="leave --data out, or export the network with its logits as first output",
+        )
+    return np.reshape(answered, shape[:2])
 
 
 def _rows(loaded: Sequence[_Loaded], threads: int, section: BenchmarkSection) -> Iterator[TargetRow]:
@@ -239,10 +259,6 @@ def _row(one: _Timed, reference: _Timed, device_ms: float | None) -> TargetRow:
     entry = one.loaded.entry
     ratio = _SAME if one is reference else compare_latencies(reference.taken_ms, one.taken_ms)
     spread = percentiles(one.taken_ms)
-    size = entry.file.path.stat().st_size
-    weights = entry.file.path.with_suffix(".bin")
-    if entry.file.kind == "openvino" and weights.is_file():
-        size += weights.stat().st_size
     row = TargetRow(
         target=entry.file.target,
         runtime=entry.runtime,
@@ -258,7 +274,7 @@ def _row(one: _Timed, reference: _Timed, device_ms: float | None) -> TargetRow:
         throughput_per_s=one.batch * len(one.taken_ms) / (float(one.taken_ms.sum()) / 1e3),
         rounds=len(one.taken_ms),
         load_ms=one.loaded.load_ms,
-        size_bytes=size,
+        size_bytes=bytes_on_disk(entry.file),
         peak_memory_bytes=one.memory,
         macs=entry.file.macs,
         ratio=ratio.value,
