@@ -17,6 +17,7 @@ from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
 from causal_compress.deploy.bundle import Source, Wish, write_package
 from causal_compress.deploy.evidence import Evidence, brought_evidence, given_evidence, random_evidence
 from causal_compress.deploy.gate import Limits, judge
+from causal_compress.deploy.latency import covering
 from causal_compress.deploy.package import load
 from causal_compress.deploy.targets import PACKAGE, Entry, choose_entries, files_of
 from causal_compress.deploy.versus import measure_targets
@@ -79,12 +80,12 @@ def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
 
     Args:
         run_dir: A finished run.
-        section: Only the keys that were set override the run's own.
+        section: Only the keys that were set override the run's own; what the budget asks about is measured as well.
     """
     exported = read_result(run_dir, "export", Exported)
     recipe = load_recipe(run_dir / RECIPE)
     base = (recipe.benchmark or BenchmarkSection()).model_dump()
-    chosen = BenchmarkSection(**{**base, **section.model_dump(exclude_unset=True)})
+    chosen = covering(BenchmarkSection(**{**base, **section.model_dump(exclude_unset=True)}), recipe.budget)
     data, quantized = _data_of(run_dir, recipe), _quantized(run_dir)
     int8 = None if quantized is None else chosen_int8(quantized, run_dir)
     with numerics(recipe):

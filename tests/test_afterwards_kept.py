@@ -16,6 +16,8 @@ from causal_compress.errors import RunFolderError
 from causal_compress.explain.report import audited_later, bisected
 from causal_compress.explanations import Explained, write_explanations
 from causal_compress.pipeline import compress
+from causal_compress.recipe import BenchmarkSection
+from causal_compress.recipe_file import load_recipe, recipe_yaml
 from causal_compress.results import Estimate
 from causal_compress.stages import student_mark
 
@@ -110,6 +112,22 @@ def test_what_is_no_run_is_not_made_one(command, tmp_path, capsys):
     assert main([command, str(tmp_path / "absent"), "-q"]) == 1
     assert "is not a run folder" in capsys.readouterr().err
     assert not (tmp_path / "absent").exists()
+
+
+# ---- measured again
+
+
+def test_what_the_budget_asks_about_is_measured_again_too(run, monkeypatch):
+    recipe = load_recipe(
+        run / afterwards.RECIPE, ["budget.latency_ms={keep: 0.9, batch: 8, threads: 2}", "budget.size_bytes=99999"]
+    )
+    (run / afterwards.RECIPE).write_text(recipe_yaml(recipe))
+    seen = []
+    monkeypatch.setattr(afterwards, "benchmark", lambda *given, **_: seen.append(given[3]))
+    afterwards.rebenchmark(run, BenchmarkSection(runtimes=["torch"], batches=[1], repeats=10))
+    (section,) = seen
+    assert section.runtimes == ["torch", "onnxruntime"]
+    assert (section.batches, section.threads, section.repeats) == ([1, 8], [1, 2], 10)
 
 
 # ---- JSON has no NaN
