@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,26 @@ def test_a_layer_more_is_paid_for(known: Known) -> None:
     assert plan.size_bytes is not None
     assert not any(decision.candidate.ranks for decision in plan.decisions)
     assert any(decision.candidate.first < decision.candidate.last for decision in plan.decisions)
+
+
+@pytest.mark.parametrize("room", [1.0, 1.01, 1.03, 1.1])
+def test_a_plan_is_found_though_by_its_parts_there_is_none(known: Known, room: float) -> None:
+    """Files of all but the teacher are smaller than their parts add up to, by half a graph."""
+
+    def lighter(model: nn.Module) -> int:
+        return by_hand(model) - (0 if 4 * count_params(model) == known.whole else GRAPH // 2)
+
+    def sizes() -> Iterator[int]:
+        for share in np.geomspace(0.02, 0.9, 30):
+            with contextlib.suppress(BudgetError):
+                yield lighter(skeleton(known.network, known.within(params=float(share))))
+
+    limit = int(room * next(sizes()))
+    by_parts = file_costs(known.network, lighter, 4)
+    with pytest.raises(BudgetError):
+        make_plan(*known.measured, BudgetSection(size_bytes=limit), PlanSection(), file=by_parts)
+    plan = known.plan(lighter, size_bytes=limit)
+    assert plan.size_bytes == lighter(skeleton(known.network, plan)) <= limit
 
 
 def test_a_larger_file_is_never_worse(known: Known) -> None:

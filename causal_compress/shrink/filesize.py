@@ -63,15 +63,10 @@ def plan_for_size(network: Network, budget: BudgetSection, planner: Planner, siz
     """
     wanted = budget.size_bytes
     assert wanted is not None
-    fits, misses = 0.0, math.inf  # what was planned for
-    aim, sizes, met = float(wanted), list[int](), None
+    plan, aim = _first_plan(planner, budget, float(wanted))
+    low, high = wanted if aim > wanted else 0.0, math.inf
+    sizes, met = list[int](), None
     for _ in range(_ROUNDS):
-        try:
-            plan = _planned(planner, budget, aim, first=not sizes)
-        except BudgetError:
-            if not sizes:
-                raise
-            break
         size = sizer(skeleton(network, plan))
         logger.info("plan: %.4f of the parameters make a file of %d bytes, %d allowed", plan.params, size, wanted)
         if size <= wanted and (met is None or plan.predicted_harm_kl < met.predicted_harm_kl):
@@ -79,10 +74,12 @@ def plan_for_size(network: Network, budget: BudgetSection, planner: Planner, siz
         if _CLOSE * wanted <= size <= wanted or (size in sizes and size <= wanted):
             break
         sizes.append(size)
-        fits, misses = (max(fits, aim), misses) if size <= wanted else (fits, min(misses, aim))
+        low, high = (max(low, aim), high) if size <= wanted else (low, min(high, aim))
         aim *= min(wanted / size, _LEAST_STEP) if size > wanted else wanted / size
-        if not fits < aim < misses:
-            aim = math.sqrt(max(fits, 1.0) * misses) if math.isfinite(misses) else aim
+        found = _next_plan(planner, budget, aim, (low, high))
+        if found is None:
+            break
+        plan, aim, low = found
     if met is None:
         raise BudgetError(
             "no plan can meet the budget on the file's size",
@@ -94,12 +91,42 @@ def plan_for_size(network: Network, budget: BudgetSection, planner: Planner, siz
     return met
 
 
-def _planned(planner: Planner, budget: BudgetSection, aim: float, *, first: bool) -> Plan:
-    """The plan for so many bytes; at first for more, too, before it is believed that nothing fits."""
+def _first_plan(planner: Planner, budget: BudgetSection, wanted: float) -> tuple[Plan, float]:
+    """The plan for so many bytes, or for more before it is believed that nothing fits; and what was planned for."""
     refusals = []
-    for size in (aim, _FURTHER * aim) if first else (aim,):
+    for aim in (wanted, _FURTHER * wanted):
         try:
-            return planner(budget.model_copy(update={"size_bytes": max(1, round(size))}))
+            return _planned(planner, budget, aim), aim
         except BudgetError as error:
             refusals.append(error)
     raise refusals[0]
+
+
+def _next_plan(
+    planner: Planner, budget: BudgetSection, aim: float, bounds: tuple[float, float]
+) -> tuple[Plan, float, float] | None:
+    """The plan for so many bytes, or for as few more as there is one for.
+
+    Args:
+        planner: Refuses what no plan is small enough for.
+        budget: All that holds beside the size.
+        aim: What to plan for [bytes].
+        bounds: Between what; at the lower one there is no plan, or its file has room left, at the upper one no file
+            is small enough; infinity where that is not known.
+
+    Returns:
+        The plan, what was planned for, and the lower bound as it is known now; None: nothing lies between.
+    """
+    low, high = bounds
+    for _ in range(_ROUNDS if math.isfinite(high) else 1):
+        if not low < aim < high:
+            aim = math.sqrt(max(low, 1.0) * high) if math.isfinite(high) else aim
+        try:
+            return _planned(planner, budget, aim), aim, low
+        except BudgetError:
+            low = max(low, aim)
+    return None
+
+
+def _planned(planner: Planner, budget: BudgetSection, aim: float) -> Plan:
+    return planner(budget.model_copy(update={"size_bytes": max(1, round(aim))}))
