@@ -389,7 +389,7 @@ class Recipe(Section):
     benchmark: BenchmarkSection | None = BenchmarkSection()
     report: ReportSection = ReportSection()
     search: SearchSection = SearchSection()
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: Positive | None = Field(None, description="CPU threads for the compression; null: one per core it may use")
     counterfactual: CounterfactualSection | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -11,6 +12,15 @@ from typing import Any
 from causal_compress.recipe import Recipe
 
 Key = tuple[str | int, ...]
+ABSENT = object()
+"""Stands for the value of a key that is not there, which None is not."""
+
+# Numbers of YAML 1.2's core schema: what looks otherwise, such as 010, is text there even without quotes.
+WHOLE = r"^[-+]?(?:0|[1-9][0-9_]*)$"
+FLOAT = (
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
 
 
 def sentence(kind: str, key: Key, value: Any) -> str:
@@ -19,7 +29,7 @@ def sentence(kind: str, key: Key, value: Any) -> str:
     Args:
         kind: pydantic's error type.
         key: Where in the recipe.
-        value: What stands there.
+        value: What stands there, or `ABSENT`.
 
     Returns:
         What is wanted, what was found, and a hint where one is at hand.
@@ -27,7 +37,13 @@ def sentence(kind: str, key: Key, value: Any) -> str:
     if kind == "extra_forbidden":
         return f"unknown key '{dotted(key)}'.{_did_you_mean_key(key)}"
     wanted = _schema_of(key)
+    if value is ABSENT:
+        return f"{dotted(key)} is missing; it must be {_describe(wanted)}{_meaning(wanted)}. Add it."
     return f"{dotted(key)} must be {_describe(wanted)}, got {show(value)}.{_hint(wanted, value)}"
+
+
+def _meaning(schema: Mapping[str, Any]) -> str:
+    return f" ({schema['description']})" if "description" in schema else ""
 
 
 def _did_you_mean_key(key: Key) -> str:
@@ -69,9 +85,15 @@ def _schema_of(key: Key) -> Mapping[str, Any]:
     for step in key:
         inside: Any = _properties(schema).get(str(step))
         for member in _members(schema):
-            inside = inside or member.get("items") or member.get("additionalProperties")
+            inside = inside or _item(member, step) or member.get("additionalProperties")
         schema = inside if isinstance(inside, dict) else {}
     return schema
+
+
+def _item(schema: Mapping[str, Any], step: str | int) -> Any:
+    """What an item of a list may be."""
+    fixed = schema.get("prefixItems", ())
+    return fixed[step] if isinstance(step, int) and step < len(fixed) else schema.get("items")
 
 
 def _describe(schema: Mapping[str, Any]) -> str:
@@ -90,8 +112,7 @@ def _describe_member(schema: Mapping[str, Any]) -> str:
         case "integer":
             return "a whole number" + _range(schema)
         case "array":
-            some = "a non-empty list" if schema.get("minItems") else "a list"
-            return f"{some} (each {_describe(schema.get('items', {}))})"
+            return _describe_list(schema)
         case "object":
             return "a mapping"
         case "boolean":
@@ -102,16 +123,27 @@ def _describe_member(schema: Mapping[str, Any]) -> str:
             return str(other or "a plain value")
 
 
+def _describe_list(schema: Mapping[str, Any]) -> str:
+    if fixed := schema.get("prefixItems"):
+        return f"a list of {len(fixed)} ({', '.join(map(_describe, fixed))})"
+    some = "a non-empty list" if schema.get("minItems") else "a list"
+    return f"{some} (each {_describe(schema.get('items', {}))})"
+
+
 def _range(schema: Mapping[str, Any]) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     start = f"({above:g}" if above is not None else f"[{low:g}" if low is not None else "(-inf"
-    end = f"{below:g})" if below is not None else f"{high:g}]" if high is not None else ""
+    end = f"{below:g})" if below is not None else f"{_exact(high)}]" if high is not None else ""
     if end:
         return f" in {start}, {end}"
     if above is not None:
         return f" > {above:g}"
     return f" >= {low:g}" if low is not None else ""
+
+
+def _exact(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _hint(schema: Mapping[str, Any], value: Any) -> str:
@@ -121,7 +153,7 @@ def _hint(schema: Mapping[str, Any], value: Any) -> str:
         if close := difflib.get_close_matches(value, choices, n=1):
             return f" Did you mean '{close[0]}'?"
         numeric = any(member.get("type") in ("number", "integer") for member in members)
-        return " Remove the quotes." if numeric and _is_number(value) else ""
+        return _number_hint(value) if numeric and _is_number(value) else ""
     is_share = any(1 in (member.get("maximum"), member.get("exclusiveMaximum")) for member in members)
     if is_share and isinstance(value, int | float) and 1 < value <= 100:
         share = value / 100
@@ -129,6 +161,13 @@ def _hint(schema: Mapping[str, Any], value: Any) -> str:
             f" For {value:g} % write {share:.2f}." if round(share, 2) == share else f" For {value:g} % write {share:g}."
         )
     return ""
+
+
+def _number_hint(text: str) -> str:
+    if re.match(WHOLE, text) or re.match(FLOAT, text):
+        return " Remove the quotes."
+    plain = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text)
+    return f" Write {plain}, without leading zeros." if re.match(WHOLE, plain) or re.match(FLOAT, plain) else ""
 
 
 def _is_number(text: str) -> bool:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from causal_compress.errors import RecipeError
 from causal_compress.recipe import Recipe
-from causal_compress.recipe_faults import Key, dotted, sentence, shorten, show
+from causal_compress.recipe_faults import ABSENT, FLOAT, WHOLE, Key, dotted, sentence, shorten, show
 
 _MAX_FAULTS_SHOWN = 20
 _FIRST_OVERRIDE = 1_000_000  # faults are told in order: the file's by line, then those of overrides
@@ -26,12 +26,8 @@ _CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "f
 _PLAIN_SCALARS = (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
+    ("int", WHOLE, list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
 )
 
 
@@ -158,6 +154,7 @@ def _apply_override(override: str, number: int, draft: _Draft) -> None:
     for depth, section in enumerate(sections, start=1):
         if inside.get(section) is None:
             inside[section] = {}
+            draft.places[key[:depth]] = origin.at(0)
         if not isinstance(inside[section], dict):
             draft.fault(origin.at(0), f"'{'.'.join(key[:depth])}' is not a section, it can't hold '{last}'.")
             return
@@ -208,6 +205,10 @@ def _plain(node: yaml.Node, origin: _Origin, key: Key, draft: _Draft) -> Any:
         return dict(_entries(node, origin, key, draft))
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, origin, (*key, index), draft) for index, item in enumerate(node.value)]
+    if not _is_text(node.value):
+        told = f"{dotted(key)} must be UTF-8 text, got {show(node.value)}."
+        draft.fault(place, f"{told} Rename the file or folder that it names.")
+        return None
     try:
         return yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, yaml.YAMLError):  # an explicit tag that its text doesn't fit, such as `!!int abc`
@@ -215,11 +216,20 @@ def _plain(node: yaml.Node, origin: _Origin, key: Key, draft: _Draft) -> Any:
         return None
 
 
+def _is_text(text: str) -> bool:
+    """Whether a text is free of lone surrogates: bytes of a path that are not UTF-8, which no JSON can hold."""
+    try:
+        text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")  # pairs are how JSON writes what is beyond U+FFFF
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _entries(node: yaml.MappingNode, origin: _Origin, key: Key, draft: _Draft) -> Iterator[tuple[str, Any]]:
     seen: dict[str, int] = {}
     for name_node, value_node in node.value:
         line = name_node.start_mark.line
-        if not isinstance(name_node, yaml.ScalarNode):
+        if not isinstance(name_node, yaml.ScalarNode) or not _is_text(name_node.value):
             draft.fault(origin.at(line), "a key must be plain text.")
             continue
         name = str(name_node.value)
@@ -243,6 +253,8 @@ def _validate(draft: _Draft) -> Recipe | None:
         told: set[Key] = set()
         for detail in error.errors(include_url=False):
             key = _written_part(detail["loc"], draft.values)
+            if detail["type"] == "missing" and isinstance(detail["loc"][-1], str):  # else it is a list's item
+                key = (*key, detail["loc"][-1])
             if key not in told:
                 told.add(key)
                 draft.fault(draft.place(key), sentence(detail["type"], key, _at(draft.values, key)))
@@ -254,7 +266,7 @@ def _written_part(location: Key, values: Any) -> Key:
     for depth, step in enumerate(location):
         if isinstance(values, dict) and step in values:
             values = values[str(step)]
-        elif isinstance(values, list) and isinstance(step, int):
+        elif isinstance(values, list) and isinstance(step, int) and step < len(values):
             values = values[step]
         else:
             return location[:depth]
@@ -262,8 +274,9 @@ def _written_part(location: Key, values: Any) -> Key:
 
 
 def _at(values: Any, key: Key) -> Any:
+    """What stands at a key; `ABSENT` where nothing does."""
     for step in key:
-        values = values[step]
+        values = values.get(step, ABSENT) if isinstance(values, dict) else values[step]
     return values
 
 

@@ -100,7 +100,8 @@ def test_house_examples_of_messages(tmp_path: Path) -> None:
             "data: {target_groups: {a: 3}}\n",
             "1: data.target_groups.a must be a list (each text or a whole number) or",
         ),
-        ("seed: .inf\n", "1: seed must be a whole number >= 0, got inf."),
+        ("seed: .inf\n", "1: seed must be a whole number in [0, 9223372036854775807], got inf."),
+        (f"seed: {2**63}\n", "1: seed must be a whole number in [0, 9223372036854775807], got 9223372036854775808."),
         ("plan: {temperature: .nan}\n", "1: plan.temperature must be a number > 0, got nan."),
         ("device: gpu\n", "1: device must be auto, cpu, cuda or cuda:N, got 'gpu'."),
         ("seed: 1\n\nseed: 2\n", "3: the key 'seed' is there twice, first on line 1."),
@@ -154,7 +155,7 @@ def test_a_file_that_can_t_be_read(tmp_path: Path, missing: str) -> None:
         ("seed", "--set seed: wanted section.key=value"),
         ("=3", "wanted section.key=value"),
         ("plan..depth=1", "wanted section.key=value"),
-        ("seed=", "--set seed=: seed must be a whole number >= 0, got nothing (null)."),
+        ("seed=", "--set seed=: seed must be a whole number in [0, 9223372036854775807], got nothing (null)."),
         (
             "budget.macs=55",
             "--set budget.macs=55: budget.macs must be a number in (0, 1] or null, got 55. For 55 %",
@@ -198,7 +199,7 @@ plain_values = st.recursive(
     | st.text()
     | st.sampled_from(["1e-3", "no", "null", "12", "~", "0x1", "1_000", ".5", "2024-01-01"]),
     target=st.none() | st.text() | st.integers(),
-    seed=st.integers(min_value=0),
+    seed=st.integers(min_value=0, max_value=2**63 - 1),
     share=st.floats(min_value=0, max_value=1, exclude_min=True),
 )
 def test_recipe_to_yaml_to_recipe(
