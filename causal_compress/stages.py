@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
 from causal_compress.deploy.faster import chosen_for_size
 from causal_compress.deploy.latency import covering
-from causal_compress.deploy.onnx import export
+from causal_compress.deploy.onnx import export, refuse_unknown_opset
 from causal_compress.deploy.quantize import quantize
 from causal_compress.deploy.scorecard import scorecard_csv, scorecard_markdown, seen_in_training
 from causal_compress.errors import UsageError
@@ -122,6 +122,7 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
         settle: Turns a budget that leaves the size open into one that names it; None: half the MACs are planned for.
     """
     resolve_device(recipe.device)  # a device that is not there is refused before any work
+    refuse_unknown_opset(recipe.export.opset)
     if recipe.model.arch is None or recipe.data.source is None:
         raise UsageError(
             "nothing to compress", found="no model.arch or no data.source", remedy="give --arch and --data"

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from causal_compress import stages
 from causal_compress.deploy.onnx import check_parity, export, export_onnx
 from causal_compress.deploy.package import load
 from causal_compress.deploy.runtimes import OnnxRuntime
 from causal_compress.errors import DataError, ExportError
 from causal_compress.files import sha256_of_file
-from causal_compress.recipe import ExportSection
+from causal_compress.pipeline import analyze
+from causal_compress.recipe import ExportSection, Recipe
 
 
 class PaddedResidual(nn.Module):
@@ -223,3 +225,21 @@ def test_no_warning_escapes(tmp_path, capfd):
         export_onnx(warmed(Attention()), X, tmp_path / "m.onnx", opset=20)
     assert [str(warning.message) for warning in caught] == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_opset_that_is_not_written_is_refused_rather_than_recorded(tmp_path):
+    with pytest.raises(ExportError, match="opset 99") as caught:
+        export_onnx(warmed(pooled()), X, tmp_path / "m.onnx", opset=99)
+    assert "wrote opset 18" in str(caught.value)
+    assert "export.opset to 18" in caught.value.remedy
+    assert not list(tmp_path.iterdir())
+    export_onnx(warmed(pooled()), X, tmp_path / "m.onnx", opset=21)
+    assert [entry.version for entry in onnx.load(tmp_path / "m.onnx").opset_import if not entry.domain] == [21]
+
+
+def test_an_opset_that_nobody_knows_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_data", lambda *_, **__: pytest.fail("work was done before"))
+    sections = {"model": {"arch": "m.py:build"}, "data": {"source": "npz:x.npz"}, "export": {"opset": 99}}
+    with pytest.raises(ExportError, match=r"export\.opset 99 is not known") as caught:
+        analyze(Recipe.model_validate(sections), tmp_path / "run")
+    assert str(onnx.defs.onnx_opset_version()) in caught.value.remedy

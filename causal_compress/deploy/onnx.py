@@ -80,7 +80,8 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: Path, *, opset: i
         Numbers of nodes before and after simplification.
 
     Raises:
-        ExportError: a step fails; the message names the node or operator where the exporter does.
+        ExportError: a step fails (the message names the node or operator where the exporter does), or the exporter
+            writes another operator set than was asked for.
 
     Source: torch.onnx (torch.export based) and onnxscript's optimizer.
     """
@@ -165,9 +166,39 @@ def _write_onnx(program: ExportedProgram, path: Path, opset: int) -> tuple[int, 
             wanted="operators that ONNX has",
             remedy="try another export.opset, or replace the operator named above in the architecture",
         ) from error
+    _refuse_other_opset(proto, opset)
     _tidy(proto)
     atomic_write_bytes(path, _checked_bytes(proto, path.name))
     return before, len(proto.graph.node)
+
+
+def refuse_unknown_opset(opset: int) -> None:
+    """Refuse an operator set that the installed onnx does not know; to be asked before any work.
+
+    Raises:
+        ExportError: it is newer.
+    """
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ExportError(
+            f"export.opset {opset} is not known here",
+            found=f"onnx {onnx.__version__}, whose newest operator set is {newest}",
+            remedy=f"set export.opset to {newest} at most (the default is 18), or update onnx, onnxscript and torch",
+        )
+
+
+def _refuse_other_opset(proto: Any, opset: int) -> None:
+    """The exporter leaves a model at the opset that it writes itself where it can't convert it to the one wanted."""
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if written != opset:
+        raise ExportError(
+            f"the model can't be converted to ONNX opset {opset}",
+            found=f"the exporter wrote opset {written}",
+            wanted=f"opset {opset}, as export.opset asks",
+            remedy=f"set export.opset to {written}, or update onnx and onnxscript",
+        )
 
 
 _NAMES: dict[str, Any] = {"input_names": ["input"], "output_names": ["logits"]}
