@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ _PROSE = 24
 """Cells of a table on a terminal are broken, between words, only where they are longer: figures stay on one line."""
 
 _KEPT = "  nothing is lost: finished stages are in the run folder, the same command goes on after them\n"
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 _Column = Sequence[str]  # its heading, then its cells
 
@@ -64,12 +67,27 @@ def _handler(console: Console) -> logging.Handler:
     return handler
 
 
-def tell(text: str) -> None:
-    """Prints a result; characters that the encoding of stdout lacks are escaped as in JSON, so that JSON stays JSON."""
-    sys.stdout.write(_sayable(text) + "\n")
+def tell(line: str) -> None:
+    """Prints a line of a result; what would break it or steer a terminal is escaped, and so is what stdout lacks."""
+    sys.stdout.write(_line(line) + "\n")
+
+
+def tell_lines(text: str) -> None:
+    """Prints a result of several lines, such as JSON, which the escapes of `tell` leave JSON."""
+    sys.stdout.write(_sayable(_harmless(text)) + "\n")
+
+
+def _line(text: str) -> str:
+    return _sayable(_harmless(text).replace("\n", "\\n"))
+
+
+def _harmless(text: str) -> str:
+    """Text whose control characters, which names of classes and columns may hold, are escaped; but line feeds."""
+    return _CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def _sayable(text: str) -> str:
+    """Text in which the characters that the encoding of stdout lacks are escaped as in JSON."""
     encoding = sys.stdout.encoding or "utf-8"  # None: a StringIO
     if _exists(text, encoding):
         return text
@@ -86,7 +104,7 @@ def _exists(text: str, encoding: str) -> bool:
 
 def complain(error: CausalCompressError) -> int:
     """Prints an error that is the user's to mend; returns the exit code."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {_harmless(str(error))}\n")
     _trace(error)
     return error.exit_code
 
@@ -129,7 +147,7 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """
     from rich.console import Console
 
-    console, table = Console(), [[_sayable(cell) for cell in row] for row in (header, *rows)]
+    console, table = Console(), [[_line(cell) for cell in row] for row in (header, *rows)]
     if console.is_terminal:
         for part in _parts_that_fit(table, console.width):
             console.print(_drawn(part, console.width))
@@ -286,6 +304,6 @@ def show_diagnosis(diagnosis: Diagnosis) -> None:
 
 def _count(number: float) -> str:
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
+        if number >= 0.9995 * factor:  # three digits of it make it one
             return f"{number / factor:.3g} {letter}"
     return f"{number:.0f} "

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from causal_compress.console import show_table, tell
+from causal_compress.console import _count, complain, show_table, tell, tell_lines
+from causal_compress.errors import DataError
 
 HEADER = ("model", "runtime", "batch", "accuracy", "drop [pp]", "MACs", "size", "p50", "speed-up")
 ROWS = [
@@ -143,7 +144,7 @@ def test_what_ascii_lacks_is_escaped_in_tables(screen, terminal):
 
 def test_json_stays_json_where_ascii_lacks_its_characters(screen):
     shown, value = screen(80, "ascii", terminal=False), {"größe λ": "né 😀"}
-    tell(json.dumps(value, ensure_ascii=False))
+    tell_lines(json.dumps(value, ensure_ascii=False))
     assert json.loads(shown.lines()[0]) == value
 
 
@@ -151,3 +152,39 @@ def test_characters_that_the_encoding_has_are_left_alone(screen):
     shown = screen(80, "latin-1", terminal=False)
     tell("né λ")
     assert shown.lines() == ["né \\u03bb"]
+
+
+HOSTILE = "a\x1b[31mred\x07\nb\r\x7f\x9b2J\u2028c"
+ESCAPED = r"a\u001b[31mred\u0007\nb\r\u007f\u009b2J\u2028c"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_can_neither_break_a_line_nor_steer_a_terminal(screen, terminal):
+    shown = screen(80, terminal=terminal)
+    tell(f"class {HOSTILE}: 3 inputs")
+    show_table(("class", "n"), [(HOSTILE, "1")])
+    raw = shown.buffer.getvalue().decode()
+    assert f"class {ESCAPED}: 3 inputs" in raw.splitlines()
+    assert sum(ESCAPED in line for line in raw.splitlines()) == 2
+    assert not any(char in raw for char in "\x07\r\x7f\x9b\u2028")
+    assert "\x1b[31m" not in raw
+
+
+def test_json_keeps_its_lines_and_its_meaning(screen):
+    shown = screen(terminal=False)
+    tell_lines(json.dumps({HOSTILE: 1}, ensure_ascii=False, indent=2))
+    assert len(shown.lines()) == 3
+    assert json.loads("\n".join(shown.lines())) == {HOSTILE: 1}
+
+
+def test_errors_keep_their_lines_but_not_what_steers_a_terminal(capsys):
+    complain(DataError("a column can't be read", found="x\x1b[2J", remedy="rename it"))
+    assert capsys.readouterr().err == ("error: a column can't be read\n  found: x\\u001b[2J\n  remedy: rename it\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(999, "999 "), (1000, "1 k"), (999_499, "999 k"), (999_600, "1 M"), (999_999, "1 M"), (999_600_000, "1 G")],
+)
+def test_a_count_that_rounds_up_to_the_next_prefix_has_that_prefix(number, shown):
+    assert _count(number) == shown

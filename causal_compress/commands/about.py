@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from causal_compress.commands.shared import as_json_text, talks
-from causal_compress.console import show_diagnosis, tell
+from causal_compress.console import show_diagnosis, tell, tell_lines
 from causal_compress.shipped import find_recipe, headline, shipped_recipes
 
 
@@ -18,7 +18,7 @@ def doctor(*, as_json: bool) -> None:
 
     diagnosis = diagnose()
     if as_json:
-        tell(as_json_text(diagnosis))
+        tell_lines(as_json_text(diagnosis))
     else:
         show_diagnosis(diagnosis)
 
@@ -39,7 +39,7 @@ def list_recipes() -> None:
 @click.argument("name")
 def show_recipe(*, name: str) -> None:
     """Prints a shipped recipe, to be saved and changed."""
-    tell(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+    tell_lines(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
 
 
 @recipes.command("check")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causal_compress.commands.shared import FOLDER, as_json_text, talks
-from causal_compress.console import show_table, tell
+from causal_compress.console import show_table, tell, tell_lines
 
 if TYPE_CHECKING:
     from causal_compress.results import Audit, Bisection, Compared, Estimate, GroupChange
@@ -32,7 +32,7 @@ def audit(*, run: Path, apart: Path | None, as_json: bool, **chosen: Any) -> int
 
     found = audit_run(run, {key: value for key, value in chosen.items() if value is not None}, apart=apart)
     if as_json:
-        tell(as_json_text(found))
+        tell_lines(as_json_text(found))
     else:
         _show_audit(found)
         tell(f"audit: {audit_file(run)}")
@@ -53,7 +53,7 @@ def bisect(*, run: Path, inputs: int | None, top: int | None, as_json: bool) -> 
 
     found = bisect_run(run, inputs=inputs, top=top)
     if as_json:
-        tell(as_json_text(found))
+        tell_lines(as_json_text(found))
     else:
         _show_bisection(found)
         tell(f"bisection: {run / 'bisect.json'}")

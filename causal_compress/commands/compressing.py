@@ -16,7 +16,7 @@ from causal_compress.commands.shared import (
     takes_inputs,
     talks,
 )
-from causal_compress.console import show_plan, tell
+from causal_compress.console import show_plan, tell_lines
 
 
 @click.command()
@@ -43,7 +43,7 @@ def analyze(*, out: Path, reuse: Path | None, force: bool, as_json: bool, **inpu
 
     plan = look_ahead(recipe, out, command=command_line(), reuse=reuse, force=force)
     if as_json:
-        tell(as_json_text(plan))
+        tell_lines(as_json_text(plan))
     else:
         show_plan(plan)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causal_compress.commands.shared import FOLDER, as_json_text, chosen_recipe, talks
-from causal_compress.console import show_table, tell
+from causal_compress.console import show_table, tell, tell_lines
 from causal_compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def train(*, out: Path, force: bool, as_json: bool, **inputs: Any) -> None:
         probe = probe_bias(explainer, data.validation, inputs=section.probe, seed=recipe.seed)
         atomic_write_text(out / BIAS, as_json_text(probe) + "\n")
     if as_json:
-        tell(as_json_text({"training": explainer.trained, "bias": probe}))
+        tell_lines(as_json_text({"training": explainer.trained, "bias": probe}))
     else:
         _show_training(explainer.trained, probe, out)
 

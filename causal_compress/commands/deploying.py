@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causal_compress.commands.shared import EXIT_CODES, FOLDER, as_json_text, talks
-from causal_compress.console import show_table, tell
+from causal_compress.console import show_table, tell, tell_lines
 from causal_compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def export(*, run: Path, goal: str, out: Path | None, as_json: bool, **asked: An
     folder = out or run.resolve().with_name(f"{run.resolve().name}-{goal}")
     package = export_run(run, wish, folder)
     if as_json:
-        tell(as_json_text(package))
+        tell_lines(as_json_text(package))
     else:
         _show_package(package, folder)
 
@@ -70,7 +70,10 @@ def gate(*, run: Path, as_json: bool, **limits: Any) -> int:
     from causal_compress.deploy.gate import Limits
 
     gated = gate_run(run, Limits(**limits))
-    tell(as_json_text(gated) if as_json else gated.text)
+    if as_json:
+        tell_lines(as_json_text(gated))
+    else:
+        tell(gated.text)
     return EXIT_CODES[gated.verdict]
 
 

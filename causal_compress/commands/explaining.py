@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from causal_compress.commands.shared import FOLDER, as_json_text, chosen_recipe, talks
-from causal_compress.console import show_table, tell
+from causal_compress.console import show_table, tell, tell_lines
 from causal_compress.errors import UsageError
 from causal_compress.files import make_room
 
@@ -56,7 +56,7 @@ def explain(*, target: Path | None, out: Path | None, as_json: bool, **options: 
     if out is not None:
         write_explanations(explained, out)
     if as_json:
-        tell(as_json_text(explained.explanations))
+        tell_lines(as_json_text(explained.explanations))
         return
     for explanation in explained.explanations:
         show_explanation(explanation)

@@ -11,7 +11,7 @@ import click
 
 from causal_compress.commands.shared import FOLDER, as_json_text, finish, talks
 from causal_compress.commands.target_table import show_targets, targets_csv
-from causal_compress.console import tell
+from causal_compress.console import tell, tell_lines
 from causal_compress.errors import UsageError
 from causal_compress.shipped import find_recipe
 
@@ -53,9 +53,9 @@ def benchmark(*, targets: Sequence[Path], as_json: bool, as_csv: bool, **asked: 
     runtimes = section.runtimes if "runtimes" in section.model_fields_set else ()
     table = benchmark_targets(targets, section, runtimes=runtimes, precisions=precisions, data=data)
     if as_csv:
-        tell(targets_csv(table).rstrip("\n"))
+        tell_lines(targets_csv(table).rstrip("\n"))
     elif as_json:
-        tell(as_json_text(table))
+        tell_lines(as_json_text(table))
     else:
         show_targets(table)
     return 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from causal_compress.console import show_scorecard, speaking, tell
+from causal_compress.console import show_scorecard, speaking, tell, tell_lines
 from causal_compress.errors import UsageError
 from causal_compress.shipped import find_recipe
 
@@ -91,7 +91,7 @@ def _not_given(what: str, key: str, flag: str) -> UsageError:
 def finish(scorecard: Scorecard, folder: Path, as_json: bool) -> int:
     """Print what was measured and where the report lies; returns the verdict's exit code."""
     if as_json:
-        tell(as_json_text(scorecard))
+        tell_lines(as_json_text(scorecard))
     else:
         show_scorecard(scorecard)
         tell(f"report: {folder / 'report.html'}")
