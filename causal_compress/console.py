@@ -29,7 +29,8 @@ _PROSE = 24
 
 _KEPT = "  nothing is lost: finished stages are in the run folder, the same command goes on after them\n"
 
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but the line feed, and what ends a line or turns its direction."""
 
 _Column = Sequence[str]  # its heading, then its cells
 

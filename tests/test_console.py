@@ -154,8 +154,8 @@ def test_characters_that_the_encoding_has_are_left_alone(screen):
     assert shown.lines() == ["né \\u03bb"]
 
 
-HOSTILE = "a\x1b[31mred\x07\nb\r\x7f\x9b2J\u2028c"
-ESCAPED = r"a\u001b[31mred\u0007\nb\r\u007f\u009b2J\u2028c"
+HOSTILE = "a\x1b[31mred\x07\nb\r\x7f\x9b2J\u2028\u202ec"
+ESCAPED = r"a\u001b[31mred\u0007\nb\r\u007f\u009b2J\u2028\u202ec"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -166,7 +166,7 @@ def test_names_can_neither_break_a_line_nor_steer_a_terminal(screen, terminal):
     raw = shown.buffer.getvalue().decode()
     assert f"class {ESCAPED}: 3 inputs" in raw.splitlines()
     assert sum(ESCAPED in line for line in raw.splitlines()) == 2
-    assert not any(char in raw for char in "\x07\r\x7f\x9b\u2028")
+    assert not any(char in raw for char in "\x07\r\x7f\x9b\u2028\u202e")
     assert "\x1b[31m" not in raw
 
 
