@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.pipeline import Outcome, compress
 from causal_compress.progress import progress
 from causal_compress.recipe import Recipe
+from causal_compress.shrink.surgery import save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,5 @@ def demo(out: Path) -> Outcome:
     recipe = demo_recipe(weights)
     if not weights.exists():
         data = load_data(recipe.data, seed=recipe.seed)
-        partial = weights.with_suffix(".partial")
-        save_file(train(data, epochs=EPOCHS, seed=recipe.seed).state_dict(), partial)
-        partial.replace(weights)
+        save_weights(train(data, epochs=EPOCHS, seed=recipe.seed), weights)
     return compress(recipe, out / "run", command=("causal-compress", "demo", "--out", str(out)))

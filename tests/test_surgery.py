@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import Depthwise, Plain, Residual, Stages, images, random_norms
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ from causal_compress.results import Candidate, Decision, Evidence, Keep, Merge, 
 from causal_compress.shrink.front import Front, open_front, output_kl
 from causal_compress.shrink.prune import prune
 from causal_compress.shrink.rewrite import rewrite
-from causal_compress.shrink.surgery import Student, assemble, merges_of, narrow, replay
+from causal_compress.shrink.surgery import Student, assemble, merges_of, narrow, replay, save_weights
 from causal_compress.understand.cost import count_params
 from causal_compress.understand.trace import Network, trace
 
@@ -290,3 +293,29 @@ def test_a_depthwise_convolution_can_be_narrowed_to_one_channel() -> None:
     assert changes[0].what == "1 of 6 channels of block.0 kept"
     assert changes[0].relative_error is not None
     assert changes[0].relative_error < 1
+
+
+def test_weights_can_be_read_by_whom_any_other_file_can_be(tmp_path: Path) -> None:
+    model = Plain()
+    mask = os.umask(0o022)
+    try:
+        save_weights(model, tmp_path / "w.safetensors")
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    stored = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_demonstrations_teacher_can_be_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from causal_compress import demo
+
+    monkeypatch.setattr(demo, "train", lambda data, **_: demo.digits_net(width=4, blocks=1))
+    monkeypatch.setattr(demo, "compress", lambda recipe, out, **_: None)
+    mask = os.umask(0o022)
+    try:
+        demo.demo(tmp_path)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "teacher.safetensors").stat().st_mode & 0o777 == 0o644

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, fx, nn
 
 from causal_compress.errors import TraceError
+from causal_compress.files import atomic_write_bytes
 from causal_compress.results import Candidate, Keep, Merge, Plan, Surgery
 from causal_compress.shrink.channels import dependencies_of, remove_channels
 from causal_compress.shrink.lowrank import split
@@ -136,5 +137,6 @@ def boundaries(student: Student, network: Network, plan: Plan) -> list[tuple[str
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a state dict as safetensors."""
-    save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, path)
+    """Write a state dict as safetensors, whole or not at all; unlike `save_file`'s, others may read the file."""
+    state = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+    atomic_write_bytes(path, save(state))
