@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 
 from causal_compress.afterwards import benchmark_targets
+from causal_compress.deploy.memory import peak_memory
+from causal_compress.deploy.targets import files_of
 from causal_compress.deploy.traffic import Traffic, onnx_traffic
 from causal_compress.recipe import BenchmarkSection, Recipe
 
@@ -89,3 +91,31 @@ def test_answers_that_are_not_a_row_of_classes_are_timed_and_not_judged(tmp_path
     assert judged["plain.onnx"].n > 0
     assert list(left_out) == ["pixels.onnx fp32 on onnxruntime, accuracy"]
     assert "a first output of shape (6, 2, 2, 2)" in left_out["pixels.onnx fp32 on onnxruntime, accuracy"]
+
+
+# ---- folders of others
+
+
+def test_a_package_json_of_another_program_makes_no_package(tmp_path):
+    plain = onnx_file(tmp_path / "model.onnx", "n")
+    (tmp_path / "package.json").write_text('{"name": "web-site", "version": "1.0.0"}')
+    table, left_out = timed([plain], data=labelled(tmp_path / "d.csv"))
+    assert table.rows[0].accuracy.n > 0
+    assert left_out == {}
+
+
+def test_memory_is_measured_where_files_have_names_of_standard_modules(tmp_path, monkeypatch):
+    plain = onnx_file(tmp_path / "model.onnx", "n")
+    for name in ("html", "json", "subprocess"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not the standard module')\n")
+    monkeypatch.chdir(tmp_path)
+    assert peak_memory("onnxruntime", plain, (3,), (4,), threads=1)
+
+
+def test_the_working_folder_has_its_name(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "inner").mkdir(parents=True)
+    onnx_file(run / "model.onnx", "n")
+    for given, here in ((".", run), ("..", run / "inner")):
+        monkeypatch.chdir(here)
+        assert [file.target for file in files_of([type(run)(given)])] == ["run student"]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from causal_compress.deploy.bundle import read_inputs
-from causal_compress.deploy.targets import PACKAGE, Entry, input_shape, read_package
+from causal_compress.deploy.targets import Entry, input_shape, is_package, name_of, read_package
 from causal_compress.errors import CausalCompressError, UsageError
 from causal_compress.inputs.data import Data, Split, load_data
 from causal_compress.recipe import Recipe
@@ -126,8 +126,8 @@ def brought_evidence(first: Path, entries: Sequence[Entry], batch: int, data_of:
         if not _are_alike(shared, found):
             own |= {entry.file.path: found.evidence for entry in theirs}
             notes.append(
-                f"{_names(theirs)}: accuracy is on the inputs of {folder.name}, which are others than those of "
-                f"{first.name} or prepared otherwise; so no drop is told"
+                f"{_names(theirs)}: accuracy is on the inputs of {name_of(folder)}, which are others than those of "
+                f"{name_of(first)} or prepared otherwise; so no drop is told"
             )
         elif np.array_equal(shared.evidence.first, found.evidence.first):
             expected |= found.evidence.expected
@@ -143,7 +143,7 @@ def _by_folder(entries: Sequence[Entry]) -> dict[Path, list[Entry]]:
     found: dict[Path, list[Entry]] = {}
     for entry in entries:
         folder = entry.file.path.parent
-        if any((folder / name).is_file() for name in (PACKAGE, _RECIPE)):
+        if (folder / _RECIPE).is_file() or is_package(folder):
             found.setdefault(folder, []).append(entry)
     return found
 
@@ -153,7 +153,7 @@ def _names(entries: Sequence[Entry]) -> str:
 
 
 def _brought(folder: Path, batch: int, data_of: Callable[[Path], Data]) -> _Brought:
-    if not (folder / PACKAGE).is_file():
+    if not is_package(folder):
         data = data_of(folder)
         return _Brought(_of_split(data.test, batch), None, data)
     package = read_package(folder)
@@ -209,7 +209,7 @@ def _same_inputs(split: Split, x: Array) -> bool:
 def _otherwise(folder: Path, recipe: Recipe, data: Data) -> str:
     """In what a run or package wants its inputs prepared otherwise than a recipe says; empty if in nothing."""
     here: dict[str, Any]
-    if (folder / PACKAGE).is_file():
+    if is_package(folder):
         package, normalize = read_package(folder), recipe.data.normalize
         here = {"kind": data.kind, "input_shape": data.input_shape, "classes": data.classes}
         here |= {name: value and tuple(value) for name, value in (("mean", normalize.mean), ("std", normalize.std))}
@@ -219,4 +219,4 @@ def _otherwise(folder: Path, recipe: Recipe, data: Data) -> str:
         here = {name: getattr(recipe.data, name) for name in _PREPARING}
         there = {name: getattr(section, name) for name in _PREPARING}
     different = [name for name in here if here[name] != there[name]]
-    return "; ".join(f"{name} {here[name]} here, {there[name]} in {folder.name}" for name in different)
+    return "; ".join(f"{name} {here[name]} here, {there[name]} in {name_of(folder)}" for name in different)

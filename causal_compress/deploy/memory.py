@@ -1,6 +1,6 @@
 """Peak memory of one model on one runtime, measured in a process of its own.
 
-Run as `python -m causal_compress.deploy.memory RUNTIME FILE THREADS SHAPE BATCHES`; writes JSON to standard output.
+`main` is called with RUNTIME FILE THREADS SHAPE BATCHES; it writes JSON to standard output.
 The rise counts from after the runtime is imported: the file's weights, the runtime's own copies, and activations.
 """
 
@@ -20,6 +20,9 @@ from causal_compress.deploy.runtimes import RuntimeName
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+# The empty entry is the working folder, whose files may have names of standard modules; Python 3.10 has no -P.
+_CODE = "import sys; sys.path[:] = filter(None, sys.path); from causal_compress.deploy.memory import main; "
+_CODE += "main(sys.argv[1:])"
 
 
 def peak_memory(
@@ -39,7 +42,7 @@ def peak_memory(
 
     Limits: resident memory in pages; allocators keep reserves, so differences below a megabyte mean nothing.
     """
-    command = [sys.executable, "-m", "causal_compress.deploy.memory", name, str(path.resolve()), str(threads)]
+    command = [sys.executable, "-c", _CODE, name, str(path.resolve()), str(threads)]
     command += [json.dumps(input_shape), json.dumps(sorted(batches))]
     package_folder = str(Path(__file__).resolve().parents[2])
     python_path = os.pathsep.join(filter(None, (package_folder, os.environ.get("PYTHONPATH"))))
@@ -100,7 +103,3 @@ def _peak() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

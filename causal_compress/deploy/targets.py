@@ -158,6 +158,20 @@ def read_package(folder: Path) -> Package:
     return package
 
 
+def is_package(folder: Path) -> bool:
+    """Whether a folder holds a package.json that this program wrote; other programs have files of that name too."""
+    try:
+        TypeAdapter(Package).validate_json((folder / PACKAGE).read_bytes())
+    except (OSError, ValidationError):
+        return False
+    return True
+
+
+def name_of(folder: Path) -> str:
+    """A folder's name for people, also where it was given as `.`."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name
+
+
 def choose_entries(
     files: Sequence[ModelFile], runtimes: Sequence[RuntimeName], precisions: Sequence[str]
 ) -> tuple[tuple[Entry, ...], tuple[Skip, ...]]:
@@ -272,7 +286,7 @@ def _of_package(folder: Path, package: Package) -> Iterator[ModelFile]:
 
 def _of_run(folder: Path) -> tuple[ModelFile, ...]:
     found = tuple(
-        ModelFile(f"{folder.name} {role}", _kind_of(path), _precision(path, _kind_of(path)), path, None, role)
+        ModelFile(f"{name_of(folder)} {role}", _kind_of(path), _precision(path, _kind_of(path)), path, None, role)
         for role, path in ((role, folder / name) for role, name in _RUN_FILES)
         if path.is_file()
     )
