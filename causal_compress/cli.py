@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,6 +33,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return cli.main(args, prog_name="causal-compress", standalone_mode=False, obj=stack) or 0
         except click.ClickException as error:
             error.show()
+            if re.search(r"extra argument.*\(['\"]?[a-z_]+(\.[a-z_]+)*=", error.message):
+                click.echo("--set takes one key: write --set before each.", err=True)
             return error.exit_code
         except (click.Abort, KeyboardInterrupt) as stop:
             return _interrupted(stop, resumes=_resumes(args))

@@ -290,6 +290,11 @@ def test_a_recipe_with_faults_is_told_with_its_lines(capsys, tmp_path):
     assert "bad.yaml:3" in capsys.readouterr().err
 
 
+def test_two_keys_behind_one_set_are_told_how(capsys):
+    assert main(["compress", "--set", "a.b=1", "c.d=2", "--out", "x"]) == 2
+    assert "write --set before each" in capsys.readouterr().err
+
+
 def test_a_misspelt_recipe_name_is_guessed(capsys, one_recipe):
     assert main(["recipes", "show", "restnet"]) == 2
     assert "did you mean 'resnet'?" in capsys.readouterr().err
