@@ -155,6 +155,22 @@ def test_differences_are_means_with_and_without():
     assert found[0, 0].tolist() == [5.0, -1.0]
 
 
+@pytest.mark.parametrize("kind", ["table", "image"])
+def test_differences_find_the_sign_of_each_feature_and_nothing_in_ignored_ones(kind):
+    weights = torch.zeros(64 if kind == "image" else COLUMNS)
+    weights[:6] = torch.tensor([2.0, -1.0, 0.0, 3.0, 0.0, 1.0])
+    model = nn.Sequential(nn.Flatten(), *linear_model(weights.tolist())).eval()
+    features = image_features(1, 8) if kind == "image" else table_features()
+    x = torch.ones(40, 1, 8, 8) if kind == "image" else torch.ones(40, COLUMNS)
+    engine = open_engine(trace(model, x[:2]), precision="fp32")
+    scene = open_scene(x, features, ["mean"], grid=8)
+    found = attribute(engine, scene, masks=512, estimator="difference", targets=Targets([1]), draws=Draws(60)).output
+    torch.testing.assert_close(found.values[:, 0].mean(0), weights, atol=0.15, rtol=0)
+    assert (found.values[:, 0, 1] < 0).float().mean() > 0.95
+    inert = found.values[:, 0][:, weights == 0]
+    assert ((inert >= found.null_low) & (inert <= found.null_high)).float().mean() > 0.9
+
+
 def test_baselines_of_different_level_do_not_leak_into_effects():
     generator = torch.Generator().manual_seed(0)
     layout = torch.arange(4)

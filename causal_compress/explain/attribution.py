@@ -112,6 +112,20 @@ def draw_patchworks(
     return masks
 
 
+def draw_halves(
+    samples: int, count: int, layout: Int[Tensor, "*positions"], generator: torch.Generator
+) -> Bool[Tensor, "samples count features"]:
+    """Masks for `conditional_differences`: each feature is masked in half of them, whatever the others are.
+
+    Args:
+        samples: Inputs.
+        count: Masks of each input.
+        layout: From `feature_layout`.
+        generator: On the CPU.
+    """
+    return torch.rand(samples, count, int(layout.max()) + 1, generator=generator) < 0.5
+
+
 def _cells(count: int, shape: tuple[int, int], side: int, generator: torch.Generator) -> Tensor:
     """A number for each patch, the same within cells of side x side patches whose grid is shifted at random."""
     down, right = (extent // side + 2 for extent in shape)
@@ -177,7 +191,11 @@ def conditional_differences(
     groups: Int[Tensor, " masks"],
     weights: Float[Tensor, "draws masks"],
 ) -> Float[Tensor, "draws targets features"]:
-    """Mean response of the masks that leave a feature, minus that of those that mask it, baselines centred."""
+    """Mean response of the masks that leave a feature, minus that of those that mask it, baselines centred.
+
+    Limits: only for masks that are independent from feature to feature (`draw_halves`): under those of a random share
+        or in cells, features are masked together, and each is given part of the others' effects.
+    """
     answers = responses.double().clone()
     for number in groups.unique():
         answers[groups == number] -= answers[groups == number].mean(0)
@@ -296,7 +314,8 @@ def attribute(
         engine: The network.
         scene: Inputs, features, and baselines that share the masks evenly.
         masks: Forward passes per input; occlusion takes one per feature and baseline instead.
-        estimator: surrogate, difference, or occlusion (one feature at a time: blind to what features do together).
+        estimator: surrogate; difference, from masks of independent features; or occlusion (one feature at a time: blind
+            to what features do together).
         targets: Classes, in the order of the scores; and sites at which effects are estimated too: there the response
             of a mask is its ACE term, so an effect says how much of the disturbance goes away when the feature stays.
         draws: For intervals and nulls; its seed draws the masks too. Occlusion has no randomness, so neither (NaN).
@@ -311,7 +330,8 @@ def attribute(
         drawn, chosen = _single_masks(scene, names)
         scene = replace(scene, turns=None)  # features are compared with one another, so under the same donor
     else:
-        drawn = draw_patchworks(len(scene.x), masks, scene.layout, generator)
+        draw = draw_halves if estimator == "difference" else draw_patchworks
+        drawn = draw(len(scene.x), masks, scene.layout, generator)
         chosen = [names[number * len(names) // masks] for number in range(masks)]
     plain = engine.watch(scene.x)
     seen = respond(engine, scene, drawn, chosen, sites=sites)
