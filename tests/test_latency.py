@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from causal_compress.recipe import BenchmarkSection, BudgetSection, LatencySecti
 from causal_compress.results import Candidate, Candidates, Effects, Groups, Plan, Scorecard
 from causal_compress.runs import read_result
 from causal_compress.shrink.latency import Timer, measure_latency, plan_for_latency, skeleton
+from causal_compress.shrink.plan import make_plan
 from causal_compress.understand.cost import count_macs
 from causal_compress.understand.trace import Network, trace
 
@@ -38,9 +40,9 @@ class Known:
     effects: Effects
     groups: Groups
 
-    def plan(self, keep: float, timer: Timer) -> Plan:
+    def plan(self, keep: float, timer: Timer, parts_timer: Timer | None = None) -> Plan:
         section = LatencySection(keep=keep)
-        table = measure_latency(self.network, self.candidates, section, timer)
+        table = measure_latency(self.network, self.candidates, section, parts_timer or timer)
         budget = BudgetSection(latency_ms=section)
         measured = (self.candidates, self.effects, self.groups)
         return plan_for_latency(self.network, *measured, budget, PlanSection(), table, timer)
@@ -106,9 +108,41 @@ def test_a_network_slower_than_its_parts_is_planned_smaller(known: Known) -> Non
     assert plan.latency < 0.5
 
 
-def test_too_little_time_is_refused(known: Known) -> None:
-    with pytest.raises(BudgetError, match="latency"):
-        known.plan(0.01, each(convolutions))
+def in_parts(models: Models) -> list[float]:
+    """As if each part took two milliseconds more than it does in its network."""
+    return [time + 2.0 for time in at_once(models)]
+
+
+def at_once(models: Models) -> list[float]:
+    return [count_macs(model, x[:1]) / 1e5 for model, x in models]
+
+
+def test_the_runtime_judges_the_fastest_plan_though_by_its_parts_it_is_too_slow(known: Known) -> None:
+    by_parts = LatencySection(keep=0.3)
+    table = measure_latency(known.network, known.candidates, by_parts, in_parts)
+    measured = (known.candidates, known.effects, known.groups)
+    with pytest.raises(BudgetError):
+        make_plan(*measured, BudgetSection(latency_ms=by_parts), PlanSection(), table)
+    plan = known.plan(0.3, at_once, in_parts)
+    assert plan.latency is not None
+    assert plan.latency_measured is not None
+    assert plan.latency_measured <= 0.3 < plan.latency
+
+
+def test_too_little_time_is_refused_once_the_fastest_plan_was_timed(known: Known) -> None:
+    timed: list[int] = []
+
+    def counting(models: Models) -> list[float]:
+        timed.append(len(models))
+        return [convolutions(model) + 0.01 for model, _ in models]
+
+    with pytest.raises(BudgetError, match=r"the fastest plan tried keeps 0\.\d+ of the teacher's latency") as raised:
+        known.plan(0.01, counting)
+    assert timed[1:] == [2]  # after the parts: one plan and the teacher
+    said = re.search(r"keeps (0\.\d+)", str(raised.value))
+    assert said is not None
+    possible = float(said[1]) + 0.001
+    assert known.plan(possible, each(convolutions)).latency_measured == pytest.approx(possible, abs=0.01)
 
 
 def test_another_budget_that_cannot_be_met_is_not_blamed_on_latency(known: Known) -> None:

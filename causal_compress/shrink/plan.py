@@ -121,10 +121,11 @@ def make_plan(  # noqa: PLR0913  (what was measured, what is asked for, and what
 def least_macs(candidates: Candidates, section: PlanSection, regions: Sequence[RegionInfo]) -> float:
     """The smallest share of the teacher's MACs that any plan can reach."""
     rows, prices = allowed(candidates, price(candidates), section, whole_regions(section.undo, regions))
-    return _least("macs", rows, prices)
+    return least_share("macs", rows, prices)
 
 
-def _least(kind: Kind, candidates: Candidates, prices: Prices) -> float:
+def least_share(kind: Kind, candidates: Candidates, prices: Prices) -> float:
+    """The smallest share of one cost that any plan can reach, whatever it takes of the others."""
     states, points = _sweep(candidates, prices, _mixtures([kind])[0])
     return float(points[len(states) - 1].costs[0, KINDS.index(kind)])
 
@@ -207,10 +208,10 @@ def _impossible(
     keys: dict[Kind, str] = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
     limits = {kind: limit for kind, limit in limits.items() if np.isfinite(limit)}
     kinds: list[Kind] = list(dict.fromkeys([*limits, "macs", "params"]))
-    least = [f"{_least(kind, candidates, prices):.3f} of the {words[kind]}" for kind in kinds]
+    least = [f"{least_share(kind, candidates, prices):.3f} of the {words[kind]}" for kind in kinds]
     asked = [f"{keys[kind]}: {limit:g}" for kind, limit in limits.items() if kind != "bytes"]
     if file is not None and "bytes" in limits:
-        least[kinds.index("bytes")] = f"about {_least('bytes', candidates, prices) * file.whole:,.0f} bytes"
+        least[kinds.index("bytes")] = f"about {least_share('bytes', candidates, prices) * file.whole:,.0f} bytes"
         asked.append(f"budget.size_bytes: {limits['bytes'] * file.whole:,.0f}")
     return BudgetError(
         "no plan can meet the budget",
