@@ -81,6 +81,30 @@ def test_groups_by_column_category_and_callable(table: Data, tmp_path: Path) -> 
     assert subgroups.group_names(table, split, "class", 64) == [table.classes[y] for y in split.labels.tolist()]
 
 
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ([1000001, 1000002, 1000003], {"1000001", "1000002", "1000003"}),
+        ([0.5, 1.25], {"0.5", "1.25"}),
+        ([1013.2501, 1013.2502], {"1013.2501", "1013.2502"}),
+        (
+            range(20240101, 20240129),
+            {"20240101 to 20240108", "20240108 to 20240115", "20240115 to 20240121", "20240121 to 20240128"},
+        ),
+    ],
+)
+def test_groups_keep_their_numbers_whole(tmp_path: Path, values: list[float], wanted: set[str]) -> None:
+    rows = 28 * 20
+    frame = pd.DataFrame(
+        {"code": [list(values)[i % len(values)] for i in range(rows)], "y": [i % 2 for i in range(rows)]}
+    )
+    frame.to_csv(tmp_path / "codes.csv", index=False)
+    data = load_data(
+        DataSection(source=f"csv:{tmp_path / 'codes.csv'}", target="y", calibration=50, validation=300), seed=0
+    )
+    assert set(subgroups.group_names(data, data.validation, "code", 64)) == wanted
+
+
 def test_groups_that_are_not_there_are_refused(table: Data, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="did you mean 'site'"):
         subgroups.group_names(table, table.validation, "sit", 64)

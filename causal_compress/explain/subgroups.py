@@ -119,12 +119,28 @@ def _of_column(data: Data, split: Split, column: int) -> list[str]:
     if categories:
         return [categories[int(value)] if value >= 0 else "unknown" for value in values]
     known = values[~np.isnan(values)]
-    if len(np.unique(known)) <= _MOST_VALUES:
-        return [_MISSING if np.isnan(value) else f"{value:g}" for value in values]
+    found = np.unique(known)
+    if len(found) <= _MOST_VALUES:
+        told = dict(zip(found.tolist(), _apart(found), strict=True))
+        return [told.get(value, _MISSING) for value in values.tolist()]
     edges = np.unique(np.quantile(known, (0, 0.25, 0.5, 0.75, 1)))
-    labels = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
+    labels = [f"{low} to {high}" for low, high in pairwise(_apart(edges))]
     where = np.clip(np.searchsorted(edges, values, side="left") - 1, 0, len(labels) - 1)
     return [_MISSING if np.isnan(value) else labels[i] for value, i in zip(values, where, strict=True)]
+
+
+def _apart(values: NDArray[np.float64]) -> list[str]:
+    """Different numbers in so many digits, at least six, that each is told well within the distance of any two; whole
+    ones, which may be codes or dates, in full.
+    """
+    if (values == values.round()).all() and (abs(values) < 1e15).all():
+        return [f"{value:.0f}" for value in values]
+    near = float(np.diff(values).min()) / 10 if len(values) > 1 else 0.0
+    for digits in range(6, 17):
+        told = [f"{value:.{digits}g}" for value in values.tolist()]
+        if all(abs(float(text) - value) <= near for text, value in zip(told, values.tolist(), strict=True)):
+            return told
+    return [repr(value) for value in values.tolist()]
 
 
 def _of_callable(split: Split, text: str, batch_size: int) -> list[str]:
