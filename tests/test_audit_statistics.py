@@ -10,6 +10,7 @@ from audit_sample import pair_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from causal_compress.commands.auditing import _audit_rows
 from causal_compress.explain.findings import findings
 from causal_compress.explain.paired import (
     Answers,
@@ -21,7 +22,7 @@ from causal_compress.explain.paired import (
     mean_interval,
     quality,
 )
-from causal_compress.results import Audit, Estimate, Quality
+from causal_compress.results import Audit, CorruptionRow, Estimate, MapDrift, NodeDrift, Quality
 
 
 def test_mcnemar_is_exact() -> None:
@@ -72,6 +73,19 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(two, np.array([True, True, False, False]), bins=2) == pytest.approx((0 + 0.4) / 2)
 
 
+def test_the_calibration_error_is_that_of_any_order_of_inputs_that_tie() -> None:
+    right = np.random.default_rng(0).random(1000) < 0.7
+    sure = np.full(1000, right.mean())
+    assert calibration_error(sure, right) == pytest.approx(0.0, abs=1e-9)
+    assert calibration_error(sure, np.sort(right)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_one_input_has_no_interval() -> None:
+    found = mean_interval(np.array([0.3]), 100, seed=0)
+    assert found.value == 0.3
+    assert np.isnan([found.low, found.high]).all()
+
+
 def test_the_bootstrap_agrees_with_the_normal_interval() -> None:
     values = np.random.default_rng(3).normal(1.0, 2.0, 800)
     found = mean_interval(values, 2000, seed=1)
@@ -118,6 +132,22 @@ def audit_of(pair: Pair) -> Audit:
     absent = dict.fromkeys(("groups", "attribution", "causal_map"))
     told = {"overall": pair.compared(), "flips": flips(pair, ("a",))}
     return Audit(split="validation", n=len(pair.labels), classes=1, seed=0, seconds=0.0, **told, **nothing, **absent)
+
+
+def test_nothing_is_said_of_one_input() -> None:
+    alone = mean_interval(np.array([0.3]), 100, seed=0)
+    pair = pair_of([0], [0], [0])
+    node = NodeDrift(node="a", teacher=1.0, again=1.0, student=1.3, change=alone)
+    row = CorruptionRow(corruption="blur", severity=1, setting="s", compared=pair.compared(), extra_drop_pp=alone)
+    quality = Quality(measure="overconfidence", unit="share", teacher=0.0, student=0.3, change=alone)
+    whole = dataclasses.replace(
+        audit_of(pair),
+        quality=(quality,),
+        corruptions=(row,),
+        causal_map=MapDrift(nodes=(node,), inputs=1, student=None, floor=None),
+    )
+    assert [found.sign for found in findings(whole)[1:]] == ["unclear"] * 3
+    assert "nan" not in str(list(_audit_rows(whole)))
 
 
 def test_surer_is_worse_only_where_confidence_exceeds_accuracy() -> None:

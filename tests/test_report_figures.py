@@ -12,6 +12,7 @@ from report_sample_later import audit
 
 from causal_compress.explain import audit_drawings, estimates, figures, formats, map_figures
 from causal_compress.explain.svg import Axis, Caption, make_axis
+from causal_compress.results import Estimate, MapDrift, NodeDrift
 
 
 def test_of_many_classes_those_that_changed_most_are_drawn() -> None:
@@ -34,6 +35,26 @@ def test_losses_lie_left_of_zero_and_only_sure_ones_are_coloured() -> None:
     assert float(dots[0][0]) < 425 < float(dots[1][0])
     assert "<img" not in markup
     assert "<script" not in markup
+
+
+def test_a_single_input_has_no_whisker() -> None:
+    nothing = (math.nan, math.nan)
+    rows = estimates.forest(Caption("k", "t", "d"), [figures.Bar("a", 1.0, *nothing, "t")], ("l", "r"))
+    places = estimates.dumbbells(Caption("k", "t", "d"), [(1.0, estimates.Spot(0, 2.0, *nothing))], "nats")
+    for markup in (rows, places):
+        assert "nan" not in markup
+        assert 'class="whisker"' not in markup
+        assert "<circle" in markup
+
+
+def test_the_change_at_a_place_is_drawn_about_the_teacher_under_the_same_masks() -> None:
+    node = NodeDrift(node="a", teacher=1.0, again=2.0, student=3.0, change=Estimate(value=1.0, low=0.5, high=1.5, n=9))
+    markup = audit_drawings.map_drift(MapDrift(nodes=(node,), inputs=9, student=None, floor=None))
+    ring = float(re.findall(r'cy="([\d.]+)" r="5"', markup)[0])
+    dot = float(re.findall(r'cy="([\d.]+)" r="4.5"', markup)[0])
+    ends = [float(v) for v in re.findall(r'd="M[\d.]+ ([\d.]+)L[\d.]+ ([\d.]+)" class="whisker"', markup)[0]]
+    assert min(ends) < dot < max(ends) < ring
+    assert (ring - dot) == pytest.approx(max(ends) - min(ends), abs=0.3)
 
 
 def test_a_part_is_as_wide_as_the_work_that_is_left() -> None:
@@ -87,6 +108,13 @@ def test_axes_hold_whatever_comes(values: list[float]) -> None:
         (formats.size(999_700), "1.00 MB"),
         (formats.ms(12.34), "12.3 ms"),
         (formats.times(0.5419), "0.54×"),
+        (formats.times(0.0058), "0.0058×"),
+        (formats.times(0.0042), "0.0042×"),
+        (formats.times(0.0996), "0.10×"),
+        (formats.share(0.004), "0.40 %"),
+        (formats.share(0.0145), "1.5 %"),
+        (formats.share(0.0), "0 %"),
+        (formats.share(0.333), "33 %"),
         (formats.number(0.0000123), "1.23 × 10⁻⁵"),
         (formats.number(-0.5), "−0.500"),
         (formats.number(float("nan")), "–"),

@@ -77,7 +77,7 @@ def _audit_rows(found: Audit) -> Iterator[Row]:
     for one in found.quality:
         change = f"{one.student - one.teacher:+.4f}"
         if one.change is not None:
-            change += f" ({one.change.low:+.4f} to {one.change.high:+.4f})"
+            change += "" if one.change.low != one.change.low else f" ({one.change.low:+.4f} to {one.change.high:+.4f})"
         name = one.measure.upper() if len(one.measure) < 4 else one.measure
         yield name, f"{one.teacher:.4f}", f"{one.student:.4f}", change, f"n = {found.n}"
     yield from _changed("class", found.per_class)
@@ -128,7 +128,8 @@ def _accuracies(name: str, compared: Compared, note: str) -> Row:
 
 
 def _interval(one: Estimate, unit: str) -> str:
-    return f"{one.value:+.3g} {unit}".rstrip() + f" ({one.low:+.3g} to {one.high:+.3g})"
+    value = f"{one.value:+.3g} {unit}".rstrip()
+    return value if one.low != one.low else f"{value} ({one.low:+.3g} to {one.high:+.3g})"  # NaN: no interval
 
 
 def _show_bisection(found: Bisection) -> None:

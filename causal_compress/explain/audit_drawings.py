@@ -86,10 +86,14 @@ def map_drift(drift: MapDrift) -> Markup | None:
     """The causal effect at every place that both networks have."""
     if not drift.nodes:
         return None
+    # the change is from the teacher under the student's masks, so that is where the ring stands
     pairs = [
-        (n.teacher, Spot(i, n.student, n.teacher + n.change.low, n.teacher + n.change.high))
+        (n.again, Spot(i, n.student, n.again + n.change.low, n.again + n.change.high))
         for i, n in enumerate(drift.nodes)
     ]
-    desc = f"{len(pairs)} places that teacher and student share; where ring and dot lie level, nothing changed."
+    desc = (
+        f"{len(pairs)} places that teacher and student share, both under the same masks; where ring and dot lie level, "
+        "nothing changed."
+    )
     caption = Caption("fig-drift", "Causal effect before and after", desc)
     return estimates.dumbbells(caption, pairs, "Average causal effect [nats]")

@@ -78,7 +78,7 @@ def forest(caption: Caption, bars: Sequence[Bar], sides: tuple[str, str], *, roo
         SVG markup.
     """
     right, top = 650.0, 26.0
-    finite = [v for b in bars for v in (b.low, b.high) if math.isfinite(v)]
+    finite = [v for b in bars for v in (b.value, b.low, b.high) if math.isfinite(v)]
     edge = 1.08 * (max(map(abs, finite), default=1.0) or 1.0)
     x = Axis(-edge, edge, room, right)
     floor = top + 24.0 * len(bars)
@@ -90,10 +90,10 @@ def forest(caption: Caption, bars: Sequence[Bar], sides: tuple[str, str], *, roo
         y, css = top + 24.0 * row + 12, "strong" if bar.strong else ""
         name = bar.label if len(bar.label) <= 23 else bar.label[:22] + "…"
         parts += [svg.text(room - 10, y + 4, name, anchor="end", css=css)]
-        parts += [
-            svg.line(x.at(bar.low), y, x.at(bar.high), y, "whisker"),
-            svg.dot(x.at(bar.value), y, 5, strong=bar.strong),
-        ]
+        if _is_known(bar.low, bar.high):
+            parts.append(svg.line(x.at(bar.low), y, x.at(bar.high), y, "whisker"))
+        if _is_known(bar.value):
+            parts.append(svg.dot(x.at(bar.value), y, 5, strong=bar.strong))
         parts.append(svg.text(right + 12, y + 4, bar.text, css=css))
     return svg.document(caption, 868, floor + 26, parts)
 
@@ -154,14 +154,17 @@ def dumbbells(caption: Caption, pairs: Sequence[tuple[float, Spot]], label: str)
     if spread > 50 and len(positive) == 2 * len(pairs):
         y = Axis(min(positive) / 1.6, max(positive) * 1.6, floor, top, log=True)
     else:
-        y = make_axis([v for before, after in pairs for v in (before, after.low, after.high)], floor, top, zero=True)
+        ends = [v for before, after in pairs for v in (before, after.y, after.low, after.high)]
+        y = make_axis(ends, floor, top, zero=True)
     step = (right - left) / max(1, len(pairs))
     scale = " (log scale)" if y.log else ""
     parts = [svg.text(0, 14, f"{label}{scale} ↑", css="strong"), *_key(380), *svg.y_grid(y, left, right)]
     every = max(1, len(pairs) // 20)
     for i, (before, after) in enumerate(pairs):
         x = left + (i + 0.5) * step
-        parts += [svg.whisker(x + 4, y.at(after.low), y.at(after.high)), svg.ring(x - 4, y.at(before), 5)]
+        if _is_known(after.low, after.high):
+            parts.append(svg.whisker(x + 4, y.at(after.low), y.at(after.high)))
+        parts.append(svg.ring(x - 4, y.at(before), 5))
         parts.append(svg.dot(x + 4, y.at(after.y), 4.5, strong=True))
         if i % every == 0:
             parts.append(svg.text(x, floor + 20, str(i + 1), anchor="middle"))
@@ -169,6 +172,11 @@ def dumbbells(caption: Caption, pairs: Sequence[tuple[float, Spot]], label: str)
         svg.text(left, floor + 42, "Places that both networks have, from the input to the answer; names in the table")
     )
     return svg.document(caption, 868, floor + 52, parts)
+
+
+def _is_known(*values: float) -> bool:
+    """Whether they can be drawn; NaN is the interval of a single input."""
+    return not any(map(math.isnan, values))
 
 
 def _key(x: float) -> list[Markup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,6 +12,8 @@ from causal_compress.explain.audit_drawings import SURE
 from causal_compress.results import Audit, CorruptionRow, Estimate, GroupChange, Quality
 
 Sign = Literal["worse", "same", "better", "unclear"]
+
+_TOO_FEW = "Too few inputs to tell"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def _accuracy(audit: Audit) -> Finding:
 
 
 def _judged(low: float, high: float) -> tuple[Sign, str]:
-    """Of an interval whose positive side is harm."""
+    """Of an interval whose positive side is harm; without ends (one input) nothing can be said."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "unclear", _TOO_FEW
     if low > 0:
         return "worse", "Yes"
     return ("better", "No, better") if high < 0 else ("same", "No difference found")
@@ -121,6 +126,8 @@ def _corrupted(rows: list[CorruptionRow]) -> Finding:
     # one interval in forty lies above 0 by chance alone, so one of a dozen proves nothing
     signs: dict[int, tuple[Sign, str]] = {0: ("same", "No difference found"), 1: ("unclear", "In one case")}
     sign, answer = signs.get(len(worse), ("worse", f"Yes, in {len(worse)} cases"))
+    if not _known([row.extra_drop_pp for row in rows]):
+        sign, answer = "unclear", _TOO_FEW
     chance = formats.fixed(len(rows) / 40, 1)
     evidence = (
         f"loses more than the teacher in {len(worse)} of {len(rows)} disturbances (by chance: {chance}); "
@@ -142,11 +149,18 @@ def _mapped(audit: Audit) -> Finding:
         )
     sign: Sign = "same" if not moved else "unclear"
     answer = f"At {formats.count(len(moved), 'place')}" if moved else "No difference found"
+    if not _known([node.change for node in drift.nodes]):
+        sign, answer = "unclear", _TOO_FEW
     chance = formats.fixed(of / 20, 1)  # at most: intervals of the changes are not paired, so too wide
     evidence = (
         f"effect changed at {len(moved)} of {of} places (by chance: at most {chance}){ranks}; n = {drift.inputs:,}"
     )
     return Finding("Do other parts of the network carry the decision?", sign, answer, evidence)
+
+
+def _known(changes: list[Estimate]) -> bool:
+    """Whether any of them has an interval."""
+    return any(math.isfinite(change.low) and math.isfinite(change.high) for change in changes)
 
 
 def _listed(names: list[str], most: int = 5) -> str:

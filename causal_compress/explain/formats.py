@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 MISSING = "–"
+_SMALL = 0.1
 _NBSP = "\u00a0"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -86,13 +87,21 @@ def pct(value: float | None, places: int = 2) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share in [0, 1] as a percentage."""
+    """A share in [0, 1] as a percentage, below 10 % with two digits."""
+    if value is not None and 0 < abs(value) < _SMALL:
+        return f"{_two_digits(100 * value)}{_NBSP}%"
     return MISSING if value is None else pct(100 * value, 0)
 
 
 def times(value: float | None) -> str:
-    """A ratio: 0.54x."""
+    """A ratio: 0.54x, below 0.1 with two digits."""
+    if value is not None and 0 < abs(value) < _SMALL:
+        return f"{_two_digits(value)}×"
     return f"{fixed(value)}×" if _known(value) else MISSING
+
+
+def _two_digits(value: float) -> str:
+    return number(float(f"{value:.1e}"), 2)  # rounded first, so that 0.0996 is 0.10 and not 0.100
 
 
 def seconds(value: float | None) -> str:

@@ -199,7 +199,10 @@ def calibration_error(confidence: Numbers, right: Mask, bins: int = ECE_BINS) ->
     Limits: above 0 even for a calibrated classifier, the more so the fewer inputs; compare, do not read alone.
     """
     order = np.argsort(confidence, kind="stable")
-    parts = np.array_split(np.stack([confidence[order], right[order]]), min(bins, len(order)), axis=1)
+    _, equal = np.unique(confidence, return_inverse=True)
+    # where confidences tie, no order of the inputs is right: each counts as its tie's mean
+    accuracy = (np.bincount(equal, weights=right) / np.bincount(equal))[equal]
+    parts = np.array_split(np.stack([confidence[order], accuracy[order]]), min(bins, len(order)), axis=1)
     return float(sum(abs(float((part[0] - part[1]).sum())) for part in parts) / len(order))
 
 
@@ -236,8 +239,13 @@ def paired_interval(statistic: Callable[[Rows], float], n: int, resamples: int, 
         resamples: Bootstrap resamples.
         seed: Of the draws.
 
+    Returns:
+        The estimate; the ends are NaN for fewer than two inputs, which say nothing about others.
+
     Limits: inputs are taken as independent draws; percentile intervals are a little narrow below some 30 inputs.
     """
+    if n < 2:
+        return Estimate(value=statistic(np.arange(n)), low=float("nan"), high=float("nan"), n=n)
     generator = np.random.default_rng(seed)
     drawn = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
     low, high = np.percentile(drawn, (2.5, 97.5))
