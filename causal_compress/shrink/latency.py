@@ -194,12 +194,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
         except BudgetError:
             break
     if met is None:
-        raise BudgetError(
-            "no plan can meet the budget on latency",
-            found=f"the fastest plan tried keeps {fastest:.3f} of the teacher's latency on {table.runtime}",
-            wanted=f"budget.latency_ms.keep: {wanted:g} at batch {table.batch}, {table.threads} thread(s)",
-            remedy="raise budget.latency_ms.keep, plan.max_span or plan.max_epsilon, or set plan.align to cpu",
-        )
+        raise _too_slow(fastest, limit, table)
     return met
 
 
@@ -223,6 +218,15 @@ def _first_plan(planner: Callable[[float], Plan], wanted: float, least: float) -
             return planner(least), least
         except BudgetError:
             raise refusal from None
+
+
+def _too_slow(fastest: float, limit: LatencySection, table: LatencyTable) -> BudgetError:
+    return BudgetError(
+        "no plan can meet the budget on latency",
+        found=f"the fastest plan tried keeps {fastest:.3f} of the teacher's latency on {table.runtime}",
+        wanted=f"budget.latency_ms.keep: {limit.keep:g} at batch {table.batch}, {table.threads} thread(s)",
+        remedy="raise budget.latency_ms.keep, plan.max_span or plan.max_epsilon, or set plan.align to cpu",
+    )
 
 
 def _time_whole(network: Network, plan: Plan, timer: Timer) -> float:
