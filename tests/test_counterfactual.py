@@ -285,6 +285,33 @@ def test_the_commands_train_and_show(csv, tmp_path, capsys):
     assert "are not what they were when it was trained" in capsys.readouterr().err
 
 
+def test_a_search_is_set_anew_and_training_is_not(csv, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "counterfactual: {steps: 1, width: 4, checks: 1, probe: 20, batch_size: 32, refine_steps: 0}\n"
+        "data: {target: label, calibration: 60, validation: 80, normalize: {mean: [0, 0, 0], std: [1, 1, 10]}}\n"
+    )
+    out = tmp_path / "made"
+    given = ["--recipe", str(recipe), "--arch", f"{__file__}:sum_net", "--data", f"csv:{csv}", "--out", str(out), "-q"]
+    assert main(["counterfactual", "train", *given]) == 0
+    file = tmp_path / "one.json"
+
+    def status(index, *settings):
+        asked = ["counterfactual", "show", str(out), "--index", str(index), "-q", "--out", str(file), *settings]
+        assert 0 in [main([*asked, "--target", name]) for name in ("yes", "no")]
+        return json.loads(file.read_text())["counterfactual"]["status"]
+
+    failed = next(index for index in range(20) if status(index) != "valid")
+    assert status(failed, "--set", "counterfactual.refine_steps=200") == "valid"
+    capsys.readouterr()
+    asked = ["counterfactual", "show", str(out), "--index", "0", "--target", "yes", "-q"]
+    assert main([*asked, "--set", "counterfactual.steps=9"]) == 2
+    said = capsys.readouterr().err
+    assert "counterfactual.steps can't be changed once the generator is trained" in said
+    assert "refine_steps, proximity_weight, grid" in said
+    assert main([*asked, "--set", "counterfactual.immutable=[a]"]) == 2
+
+
 def changed(csv, folder):
     """The table with one more row."""
     path = folder / "changed.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,19 +88,21 @@ def show(*, folder: Path, index: int, target: str, split: str, settings: tuple[s
         )
 
     from causal_compress.counterfactual.contrast import contrast
-    from causal_compress.counterfactual.explainer import find, target_of
+    from causal_compress.counterfactual.explainer import find, search_section, target_of
     from causal_compress.counterfactual.folder import load_explainer, read_description, refuse_other_data
     from causal_compress.files import make_room
+    from causal_compress.recipe import CounterfactualSection
     from causal_compress.recipe_file import load_recipe
     from causal_compress.stages import numerics
 
-    read_description(folder)  # a folder of another kind is refused before any work
+    trained = read_description(folder).section  # a folder of another kind is refused before any work
     recipe = load_recipe(folder / RECIPE, list(settings))
+    section = search_section(trained, recipe.counterfactual or CounterfactualSection())
     if out is not None:
         make_room(out)
     with numerics(recipe):
         network, data = _network_and_data(recipe)
-        explainer = load_explainer(folder, network)
+        explainer = replace(load_explainer(folder, network), section=section)
         refuse_other_data(folder, explainer.trained, data)
         rows = getattr(data, split)
         if index >= len(rows):

@@ -22,6 +22,8 @@ from causal_compress.recipe import CounterfactualSection
 from causal_compress.results import Counterfactual, CounterfactualStatus, CounterfactualTraining
 from causal_compress.understand.trace import Network
 
+SEARCHED = ("refine_steps", "proximity_weight", "grid")
+"""What the search for a counterfactual reads; all other keys count while the generator is trained."""
 _RATE = 0.1
 _BATCH = 256
 _RISING = 1e-3
@@ -79,6 +81,28 @@ def train_counterfactuals(
     generator, domain, trained = train_gan(network, data, section, seed=seed, device=device)
     judge = judge_of(network, section.perceptual_site, torch.device("cpu"))
     return Explainer(judge, generator, domain, data.features, data.classes, data.input_shape, section, trained)
+
+
+def search_section(trained: CounterfactualSection, asked: CounterfactualSection) -> CounterfactualSection:
+    """The section of a search with a trained generator: as it was trained, and searched as it is asked.
+
+    Args:
+        trained: Of the training.
+        asked: The same, with overrides.
+
+    Raises:
+        UsageError: another value of a key that no longer counts once the generator is trained.
+    """
+    changed = [key for key in CounterfactualSection.model_fields if getattr(trained, key) != getattr(asked, key)]
+    fixed = [key for key in changed if key not in SEARCHED]
+    if fixed:
+        raise UsageError(
+            f"counterfactual.{fixed[0]} can't be changed once the generator is trained",
+            found=f"{getattr(asked, fixed[0])!r}, trained with {getattr(trained, fixed[0])!r}",
+            wanted=f"one of {', '.join(SEARCHED)}",
+            remedy=f"leave counterfactual.{fixed[0]} out, or run `causal-compress counterfactual train` with it",
+        )
+    return trained.model_copy(update={key: getattr(asked, key) for key in changed})
 
 
 def find(explainer: Explainer, x: Float[Tensor, "samples ..."], target: Int[Tensor, " samples"]) -> Found:
