@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Domain:
 
     raw value = encoded * scale + offset. `step` is the grid of raw values (0: none), `least` the smallest change that
     counts, `direction` 1 for positions that may only rise, -1 only fall; `groups` are the positions of each one-hot
-    column, `columns` those of each column.
+    column, `columns` those of each column. `copied`: one bool, whether all channels are copies of one grey channel.
     """
 
     low: Tensor
@@ -42,6 +42,7 @@ class Domain:
     immutable: Tensor
     columns: tuple[tuple[int, ...], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
+    copied: Tensor = field(default_factory=lambda: torch.tensor(False))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, for a file."""
@@ -61,7 +62,7 @@ class Domain:
         return torch.ones_like(self.low) if self.columns else self.span()
 
     def _named(self) -> list[tuple[str, object]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(one.name, getattr(self, one.name)) for one in fields(self)]
 
 
 def domain_of(data: Data, section: CounterfactualSection) -> Domain:
@@ -86,6 +87,14 @@ def closeness(domain: Domain, x: Float[Tensor, "samples ..."], other: Float[Tens
     return change / (len(domain.columns) or x[0].numel())
 
 
+def as_copies(domain: Domain, value: Float[Tensor, "samples ..."]) -> Tensor:
+    """Grey images in several channels: every channel by the mean raw value of all; other inputs as they are."""
+    if not domain.copied:
+        return value
+    raw = (value * domain.scale + domain.offset).mean(1, keepdim=True)
+    return ((raw - domain.offset) / domain.scale).to(value.dtype)
+
+
 def project(domain: Domain, x: Float[Tensor, "samples ..."], proposed: Float[Tensor, "samples ..."]) -> Tensor:
     """The valid input next to what was proposed, column by column.
 
@@ -97,10 +106,13 @@ def project(domain: Domain, x: Float[Tensor, "samples ..."], proposed: Float[Ten
     Returns:
         Inputs without constraint violations with respect to x.
     """
+    proposed = as_copies(domain, proposed)
     value = proposed.clamp(domain.low, domain.high)
     value = torch.where(domain.step > 0, _snapped(domain, value), value)
     wrong_way = (value - x) * domain.direction < 0
     unmoved = torch.minimum((value - x).abs(), (proposed - x).abs()) < domain.least
+    if domain.copied:  # all channels of a pixel or none, whatever rounding does at the edge
+        unmoved = unmoved.any(1, keepdim=True)
     value = torch.where(wrong_way | unmoved, x, value)
     for group in domain.groups:
         positions = list(group)
@@ -111,6 +123,7 @@ def project(domain: Domain, x: Float[Tensor, "samples ..."], proposed: Float[Ten
 
 def straight_through(domain: Domain, x: Tensor, proposed: Tensor) -> Tensor:
     """`project` whose gradient is that of the proposal; zero for what may not change."""
+    proposed = as_copies(domain, proposed)
     movable = proposed - proposed.detach()
     return project(domain, x, proposed.detach()) + torch.where(domain.immutable, torch.zeros_like(x), movable)
 
@@ -126,15 +139,16 @@ def violations(
         counterfactual: Of the same shape.
 
     Returns:
-        True where changed although immutable, outside the range, off the grid, moved the wrong way, or in a one-hot
-        group that is not one-hot; positions left as they were never count.
+        True where changed although immutable, outside the range, off the grid, moved the wrong way, coloured although
+        grey, or in a one-hot group that is not one-hot; positions left as they were never count.
     """
     near = _NEAR * domain.span()
     changed = counterfactual != x
     outside = (counterfactual < domain.low - near) | (counterfactual > domain.high + near)
     off_grid = (domain.step > 0) & ((counterfactual - _snapped(domain, counterfactual)).abs() > near)
     wrong_way = (counterfactual - x) * domain.direction < 0
-    broken = changed & (domain.immutable | outside | off_grid | wrong_way)
+    coloured = (counterfactual - as_copies(domain, counterfactual)).abs() > near
+    broken = changed & (domain.immutable | outside | off_grid | wrong_way | coloured)
     for group in domain.groups:
         positions = list(group)
         block = counterfactual[:, positions]
@@ -160,7 +174,7 @@ def _image_domain(data: Data) -> Domain:
         seen = torch.cat([x.amax((0, 2, 3), keepdim=True) for x, _ in data.train.batches(500, limit=_ROWS)])
         least = torch.cat([x.amin((0, 2, 3), keepdim=True) for x, _ in data.train.batches(500, limit=_ROWS)])
         low, high = least.amin(0), seen.amax(0)
-    span = high - low
+    span = torch.where(high > low, high - low, torch.ones_like(low))  # a constant channel has none
     return Domain(
         low=low,
         high=high,
@@ -170,6 +184,7 @@ def _image_domain(data: Data) -> Domain:
         least=_IMAGE_LEAST * span,
         direction=torch.zeros_like(span),
         immutable=torch.zeros_like(span, dtype=torch.bool),
+        copied=torch.tensor(rows.preparation.repeat > 1),
     )
 
 

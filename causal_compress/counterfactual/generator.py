@@ -103,7 +103,8 @@ class ImageGenerator(nn.Module):
         return inside
 
     def _centred(self, x: Tensor) -> Tensor:
-        return (x - self.low) / (self.high - self.low) * 2 - 1
+        span = torch.where(self.high > self.low, self.high - self.low, torch.ones_like(self.low))
+        return (x - self.low) / span * 2 - 1
 
 
 class Squashed(nn.Module):

@@ -83,16 +83,17 @@ def picture_png(explainer: Explainer, found: Found) -> bytes:
 
 def _verdict(one: Counterfactual) -> str:
     sure = f"{100 * one.probability:.1f} %"
+    says = f"{'still' if one.answered_class == one.predicted_class else 'now'} says {one.answered_class}"
     match one.status:
         case "valid":
             return f"The network gives the changed input the class {one.target_class} ({sure})."
         case "not converged":
             return (
-                f"Not converged: the network still says {one.answered_class}, but {one.target_class} ({sure}) was "
-                "rising when the search ended; more counterfactual.refine_steps may turn it."
+                f"Not converged: the network {says}, but {one.target_class} ({sure}) was rising when the search ended; "
+                "more counterfactual.refine_steps may turn it."
             )
         case "invalid":
-            return f"Invalid: none was found; the network still says {one.answered_class} ({one.target_class}: {sure})."
+            return f"Invalid: none was found; the network {says} ({one.target_class}: {sure})."
 
 
 def _parting(contrast: Contrast) -> str:
@@ -104,7 +105,7 @@ def _parting(contrast: Contrast) -> str:
 
 def _three_channels(picture: NDArray[np.int16] | NDArray[np.float64]) -> Picture:
     shown = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
-    return np.repeat(shown, 3, axis=2) if shown.shape[2] == 1 else shown[..., :3]
+    return np.repeat(shown[..., :1], 3, axis=2) if shown.shape[2] < 3 else shown[..., :3]
 
 
 def _data_url(picture: Picture) -> str:

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from causal_compress.counterfactual.constraints import Domain, closeness, domain_of, project, straight_through
+from causal_compress.counterfactual.constraints import (
+    Domain,
+    as_copies,
+    closeness,
+    domain_of,
+    project,
+    straight_through,
+)
 from causal_compress.counterfactual.generator import Critic, ImageGenerator, TableGenerator, build_generator
 from causal_compress.counterfactual.metrics import diversity_ratio
 from causal_compress.errors import NumericalError, UsageError
@@ -229,13 +236,13 @@ def _anneal(players: _Players, rate: float, share: float) -> None:
 def _make(
     generator: nn.Module, domain: Domain, x: Tensor, target: Tensor, draws: torch.Generator
 ) -> Float[Tensor, "samples ..."]:
-    """Counterfactuals that gradients flow through: images as they are, tables projected straight through.
+    """Counterfactuals that gradients flow through: images without their grid, tables projected straight through.
 
     One-hot groups are drawn by their probabilities (Gumbel), so that rare categories are tried too.
     """
     proposed: Tensor = generator(x, target)
     if proposed.ndim == 4:
-        return proposed
+        return as_copies(domain, proposed)
     for group in domain.groups:
         positions = list(group)
         uniform = torch.rand(len(x), len(positions), generator=draws).clamp(1e-6, 1 - 1e-6).to(x.device)
