@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from causal_compress.explain.corruptions import Corruption, corruptions
-from causal_compress.explain.paired import Answers, Pair
+from causal_compress.explain.paired import Answers, Pair, flips
 from causal_compress.inputs.data import Data
 from causal_compress.recipe import AuditSection
-from causal_compress.results import Merge
+from causal_compress.results import Audit, Merge
 from causal_compress.shrink.surgery import Student, assemble, copied
 from causal_compress.understand.trace import Network
 
@@ -34,3 +34,11 @@ def kinds_of(data: Data, seed: int = 0) -> dict[tuple[str, int], Corruption]:
     found = corruptions(data, data.validation, seed)
     assert isinstance(found, list)
     return {(kind.name, kind.severity): kind for kind in found}
+
+
+def audit_of(pair: Pair) -> Audit:
+    """An audit that looked at answers alone."""
+    nothing = dict.fromkeys(("per_class", "quality", "corruptions", "gallery", "skipped"), ())
+    absent = dict.fromkeys(("groups", "attribution", "causal_map"))
+    told = {"overall": pair.compared(), "flips": flips(pair, ("a", "b"))}
+    return Audit(split="validation", n=len(pair.labels), classes=1, seed=0, seconds=0.0, **told, **nothing, **absent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 from pathlib import Path
 
@@ -113,8 +114,13 @@ def test_a_class_that_was_planted_to_suffer_is_named(teacher: Network, digits: D
     for row in found.corruptions:
         assert row.extra_drop_pp.value == pytest.approx(row.compared.drop_pp - clean)
     pair = answer_both(teacher.graph, student.graph, digits.validation.batches(100))
-    worst = digits.validation.positions[np.argsort(-pair.divergence)[:3]]
-    assert [one.index for one in found.gallery] == worst.tolist()
+    worst = np.argsort(-pair.divergence)[:3].tolist()
+    assert [one.index for one in found.gallery] == worst
+    sampled = audit(teacher, student, digits, QUICK.model_copy(update={"inputs": 100}), seed=0)
+    assert len(sampled.gallery) == 3
+    for one in sampled.gallery:  # numbered as `explain --index` numbers them, also where the audit saw a sample
+        assert one.picture_png_base64 == base64.b64encode(picture_png(digits.validation, one.index)).decode()
+        assert digits.classes[int(digits.validation.labels[one.index])] == one.true_class
     assert all(row.compared.teacher.n == 60 for row in found.corruptions)
     adapter = TypeAdapter(Audit)
     assert adapter.validate_json(to_json(found, inf_nan_mode="constants")) == found

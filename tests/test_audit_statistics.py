@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from audit_sample import pair_of
+from audit_sample import audit_of, pair_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from causal_compress.explain.paired import (
     mean_interval,
     quality,
 )
-from causal_compress.results import Audit, CorruptionRow, Estimate, MapDrift, NodeDrift, Quality
+from causal_compress.results import CorruptionRow, Estimate, MapDrift, NodeDrift, Quality
 
 
 def test_mcnemar_is_exact() -> None:
@@ -124,14 +124,6 @@ def test_a_close_call_is_not_called_sure() -> None:
     assert findings(dataclasses.replace(whole, overall=torn))[0].sign == "unclear"
     sure = dataclasses.replace(torn, p_value=0.04)
     assert findings(dataclasses.replace(whole, overall=sure))[0].sign == "worse"
-
-
-def audit_of(pair: Pair) -> Audit:
-    """An audit that looked at answers alone."""
-    nothing = dict.fromkeys(("per_class", "quality", "corruptions", "gallery", "skipped"), ())
-    absent = dict.fromkeys(("groups", "attribution", "causal_map"))
-    told = {"overall": pair.compared(), "flips": flips(pair, ("a",))}
-    return Audit(split="validation", n=len(pair.labels), classes=1, seed=0, seconds=0.0, **told, **nothing, **absent)
 
 
 def test_nothing_is_said_of_one_input() -> None:

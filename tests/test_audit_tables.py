@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from audit_sample import QUICK, kinds_of, pair_of, twin
+from audit_sample import QUICK, audit_of, kinds_of, pair_of, twin
 from torch import nn
 
+from causal_compress.commands.auditing import _audit_rows
 from causal_compress.errors import DataError, UsageError
 from causal_compress.explain import subgroups
 from causal_compress.explain.audit import audit
 from causal_compress.explain.drift import attribution_drift, feature_effects
+from causal_compress.explain.paired import by_group
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.recipe import DataSection
 from causal_compress.results import Skip
@@ -131,6 +134,20 @@ def test_harm_to_one_group_of_a_table_is_named(table: Data, doser: Network) -> N
     assert found.groups.growth_pp.low > 10
     assert found.gallery[0].row is not None
     assert "dose = " in found.gallery[0].row
+
+
+def test_a_column_called_class_is_printed_beside_the_classes() -> None:
+    pair = pair_of([0, 1] * 50, [0, 1] * 50, [0, 1] * 25 + [1, 0] * 25)
+    names = {"own": ["first"] * 50 + ["second"] * 50, "same": ["a", "b"] * 50}
+    for kind, shown in (
+        ("own", {"class a", "class b", "class first", "class second"}),
+        ("same", {"class a", "class b"}),
+    ):
+        found, _ = subgroups.gaps(pair, names[kind], "class", 50, 0)
+        classes = by_group(pair, [(name, np.flatnonzero(pair.labels == label)) for label, name in enumerate("ab")])
+        whole = dataclasses.replace(audit_of(pair), per_class=classes, groups=found)
+        printed = [row[0] for row in _audit_rows(whole) if row[0].startswith("class ")]
+        assert sorted(printed) == sorted(shown)
 
 
 def test_small_groups_and_too_many_are_left_out() -> None:

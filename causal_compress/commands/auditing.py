@@ -12,7 +12,7 @@ from causal_compress.commands.shared import FOLDER, as_json_text, talks
 from causal_compress.console import show_table, tell, tell_lines
 
 if TYPE_CHECKING:
-    from causal_compress.results import Audit, Bisection, Compared, Estimate, GroupChange
+    from causal_compress.results import Audit, Bisection, Compared, Estimate, GroupChange, GroupGaps
 
 _MOST_ROWS = 12
 Row = tuple[str, str, str, str, str]
@@ -82,8 +82,7 @@ def _audit_rows(found: Audit) -> Iterator[Row]:
         yield name, f"{one.teacher:.4f}", f"{one.student:.4f}", change, f"n = {found.n}"
     yield from _changed("class", found.per_class)
     if found.groups is not None:
-        rows = () if found.groups.column == "class" else found.groups.rows  # classes stand above already
-        yield from _changed(found.groups.column, rows)
+        yield from _changed(found.groups.column, _not_classes(found, found.groups))
         gaps = (f"{found.groups.teacher_gap_pp:.2f} pp", f"{found.groups.student_gap_pp:.2f} pp")
         growth = found.groups.growth_pp
         yield f"gap over {found.groups.column}", *gaps, _interval(growth, "pp"), f"n = {growth.n}"
@@ -91,6 +90,12 @@ def _audit_rows(found: Audit) -> Iterator[Row]:
         name = row.corruption if not row.severity else f"{row.corruption} {row.severity}"
         yield _accuracies(name, row.compared, f"beyond clean: {_interval(row.extra_drop_pp, 'pp')}")
     yield from _drifts(found)
+
+
+def _not_classes(found: Audit, groups: GroupGaps) -> tuple[GroupChange, ...]:
+    """The groups but those that stand among the classes already; a table may have a column `class` of another kind."""
+    known = {row.name: row.compared for row in found.per_class}
+    return tuple(row for row in groups.rows if groups.column != "class" or known.get(row.name) != row.compared)
 
 
 def _drifts(found: Audit) -> Iterator[Row]:

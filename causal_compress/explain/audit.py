@@ -78,7 +78,7 @@ def audit(
         groups=_gaps(pair, names, section, seed, skipped),
         attribution=attribution,
         causal_map=drift,
-        gallery=_gallery(pair, data, split, section.examples),
+        gallery=_gallery(pair, data, (whole, split), section.examples),
         skipped=(*skipped, *_not_asked(section, apart)),
         seed=seed,
         seconds=time.perf_counter() - start,
@@ -175,16 +175,20 @@ def _lost(pair: Pair) -> Numbers:
     return lost
 
 
-def _gallery(pair: Pair, data: Data, split: Split, most: int) -> tuple[Parting, ...]:
+def _gallery(pair: Pair, data: Data, splits: tuple[Split, Split], most: int) -> tuple[Parting, ...]:
+    """Where the two part the most, numbered as in the whole split, of which the second one is a sample."""
+    whole, split = splits
     parted = np.flatnonzero(pair.teacher.predicted != pair.student.predicted)
     worst = parted[np.argsort(-pair.divergence[parted], kind="stable")][:most]
-    return tuple(_parting(pair, data, split, int(index)) for index in worst)
+    numbers = {position: number for number, position in enumerate(whole.positions.tolist())}
+    named = [(int(index), numbers[int(split.positions[index])]) for index in worst]
+    return tuple(_parting(pair, data, split, index, number) for index, number in named)
 
 
-def _parting(pair: Pair, data: Data, split: Split, index: int) -> Parting:
+def _parting(pair: Pair, data: Data, split: Split, index: int, number: int) -> Parting:
     is_image = data.kind == "image"
     return Parting(
-        index=int(split.positions[index]),
+        index=number,
         true_class=data.classes[pair.labels[index]],
         teacher_class=data.classes[pair.teacher.predicted[index]],
         student_class=data.classes[pair.student.predicted[index]],
