@@ -11,11 +11,13 @@ from counterfactual_sample import SMALL, check, turned, untrained
 from torch import nn
 
 from causal_compress.cli import main
+from causal_compress.commands.counterfactual import _show_contrast
 from causal_compress.counterfactual import contrast as contrasting
 from causal_compress.counterfactual.constraints import Domain
 from causal_compress.counterfactual.contrast import contrast, parting_site
 from causal_compress.counterfactual.explainer import Found, _refine, describe, find, target_of, train_counterfactuals
 from causal_compress.counterfactual.folder import DESCRIPTION, WEIGHTS, load_explainer, save_explainer
+from causal_compress.counterfactual.page import counterfactual_page
 from causal_compress.counterfactual.training import judge_of, other_classes, suspicions, target_loss
 from causal_compress.errors import CheckpointError, NumericalError, UsageError
 from causal_compress.inputs.data import load_data
@@ -283,6 +285,24 @@ def test_the_commands_train_and_show(csv, tmp_path, capsys):
     assert "a folder of that name" in capsys.readouterr().err
     assert main([*asked, name, "--set", f"data.source=csv:{changed(csv, tmp_path)}"]) == 1
     assert "are not what they were when it was trained" in capsys.readouterr().err
+
+
+def test_a_counterfactual_is_shown_where_too_little_is_known_of_the_classes(
+    explainer, network, table, capsys, monkeypatch
+):
+    monkeypatch.setattr(contrasting, "_LEAST", 10**6)
+    x, target = turned(explainer, table.test, 1)
+    found = find(explainer, x, target)
+    told = contrast(explainer, network, found, table.test, 0)
+    assert (told.sites, told.parts_at, told.floor_pairs) == ((), None, 0)
+    assert told.counterfactual.status == found.status[0]
+    page = counterfactual_page(explainer, found, told)
+    assert "Not known: what is usual within a class takes 10 inputs" in page
+    assert "Table of sites" not in page
+    _show_contrast(told)
+    printed = capsys.readouterr().out
+    assert "note: where the two part in the network is not known" in printed
+    assert "usual within a class  " not in printed
 
 
 def test_a_search_is_set_anew_and_training_is_not(csv, tmp_path, capsys):

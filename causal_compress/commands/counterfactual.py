@@ -176,6 +176,11 @@ def _show_contrast(told: Contrast) -> None:
     show_table(
         ("feature", "before", "after"), [(change.feature, change.before, change.after) for change in one.changes]
     )
+    if not told.sites:
+        from causal_compress.counterfactual.contrast import TOO_FEW
+
+        tell(f"note: where the two part in the network is {TOO_FEW}")
+        return
     header = ("site", "share of the way", "usual within a class", "ACE original", "ACE counterfactual")
     rows = [
         (

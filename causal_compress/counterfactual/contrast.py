@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,12 @@ _BATCH = 64  # all activations of a batch are held at a time
 _LEAST = 10
 _QUANTILE = 0.95
 _MASKS = 64
+
+TOO_FEW = (
+    f"not known: what is usual within a class takes {_LEAST} inputs of each of the two classes that the network gets "
+    "right, and the split has fewer; another --split may have more"
+)
+"""Why a contrast has no sites."""
 
 SiteUnits = list[Float[Tensor, "samples units"]]
 
@@ -53,19 +60,33 @@ def contrast(
         seed: Of the masks and of those inputs.
 
     Returns:
-        For every site the share of the way from class to class, what is usual within a class, and both local effects.
-
-    Raises:
-        DataError: too few inputs of the two classes that the network gets right.
+        For every site the share of the way from class to class, what is usual within a class, and both local effects;
+        no sites where the split has too few inputs of the two classes that the network gets right (`TOO_FEW`).
 
     Limits: units are means over positions, so two inputs may look alike at a site that tells them apart by place.
     """
-    axes = class_axes(network, split, int(found.predicted[0]), int(found.target[0]), seed=seed)
+    sites: tuple[SitePart, ...] = ()
+    pairs = 0
+    with suppress(DataError):  # too few inputs of a class: the counterfactual is worth showing all the same
+        axes = class_axes(network, split, int(found.predicted[0]), int(found.target[0]), seed=seed)
+        sites, pairs = _site_parts(explainer, network, found, axes, seed), axes.pairs
+    return Contrast(
+        counterfactual=describe(explainer, found, split, [index])[0],
+        sites=sites,
+        parts_at=parting_site(sites),
+        floor_pairs=pairs,
+        masks=_MASKS,
+    )
+
+
+def _site_parts(
+    explainer: Explainer, network: Network, found: Found, axes: ClassAxes, seed: int
+) -> tuple[SitePart, ...]:
     with torch.no_grad():
         ours, theirs = (_site_units(network, x) for x in (found.x, found.counterfactual))
     gaps = [float(axis @ (b - a)[0]) for axis, a, b in zip(axes.axes, ours, theirs, strict=True)]
     effects = [_local_effects(explainer, network, x, seed) for x in (found.x, found.counterfactual)]
-    sites = tuple(
+    return tuple(
         SitePart(
             site=region.info.name,
             distance=gaps[at],
@@ -76,13 +97,6 @@ def contrast(
             ace_counterfactual_stderr=effects[1][at][1],
         )
         for at, region in enumerate(network.regions)
-    )
-    return Contrast(
-        counterfactual=describe(explainer, found, split, [index])[0],
-        sites=sites,
-        parts_at=parting_site(sites),
-        floor_pairs=axes.pairs,
-        masks=_MASKS,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from causal_compress.counterfactual.contrast import TOO_FEW
 from causal_compress.counterfactual.explainer import Explainer, Found
 from causal_compress.counterfactual.readable import pixels
 from causal_compress.errors import UsageError
@@ -97,6 +98,8 @@ def _verdict(one: Counterfactual) -> str:
 
 
 def _parting(contrast: Contrast) -> str:
+    if not contrast.sites:
+        return f"{TOO_FEW[0].upper()}{TOO_FEW[1:]}."
     if contrast.parts_at is None:
         return "Nowhere: up to the output the two differ no more than real inputs of one class do."
     where = f"From the site {contrast.parts_at} on"

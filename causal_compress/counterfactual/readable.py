@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -75,4 +76,15 @@ def _told(domain: Domain, features: Features, x: Tensor, layout: Tensor, number:
     step = float(domain.step[at])
     if step == 1.0:
         return f"{round(raw)}"
-    return f"{round(raw / step) * step:.2f}" if step > 0 else f"{raw:.4g}"
+    return (
+        f"{round(raw / step) * step:.2f}" if step > 0 else _in_digits(raw, float(domain.least[at] * domain.scale[at]))
+    )
+
+
+def _in_digits(value: float, least: float) -> str:
+    """At least four digits, and so many that a change of `least` is seen."""
+    if value == 0 or least == 0:
+        return f"{value:.4g}"
+    size, unit = (math.floor(math.log10(abs(number))) for number in (value, least))
+    text = f"{value:.{max(4, size - unit + 1)}g}"
+    return f"{value:.0f}" if "e+" in text else text
