@@ -66,6 +66,14 @@ def test_a_part_is_as_wide_as_the_work_that_is_left() -> None:
     assert re.findall(r'class="cell" fill-opacity="([\d.]+)"', markup) == ["0.00", "0.60", "0.00", "1.00"]
 
 
+def test_hundreds_of_parts_stay_inside_their_figure() -> None:
+    spans = [map_figures.MapSpan(i, i, 1.0) for i in range(320)]
+    markup = map_figures.before_and_after(Caption("k", "t", "d"), [1.0] * 320, [(0, 319)], spans)
+    parts = re.findall(r'<rect x="(-?[\d.]+)" y="144.0" width="([\d.]+)"', markup)
+    assert len(parts) == 320
+    assert all(float(x) > 60 and float(x) + float(width) < 864 for x, width in parts)
+
+
 def test_heat_map_shades_follow_the_numbers() -> None:
     markup = figures.heat_map(Caption("k", HOSTILE, "d"), [[1.0, 0.0], [0.0, 1.0]], [(0, 0), (1, 1)])
     shades = dict(re.findall(r'd="([^"]*)" class="cell" fill-opacity="([^"]*)"', markup))

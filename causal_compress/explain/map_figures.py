@@ -55,7 +55,8 @@ def before_and_after(
     for i, fill in enumerate(_fullness(effects)):
         box = (_LEFT + (i + 0.1) * step, 34, 0.8 * step, 40)
         parts += [svg.rect(*box, "paper"), svg.shade(*box, fill), svg.rect(*box, "outline")]
-    widths = [max(4.0, 0.8 * step * (s.last - s.first + 1) * min(1.0, s.kept)) for s in spans]
+    least = min(4.0, 0.8 * step)  # of a hundred parts even this must not leave the figure
+    widths = [max(least, 0.8 * step * (s.last - s.first + 1) * min(1.0, s.kept)) for s in spans]
     gap = 0.2 * step
     at = (_LEFT + _RIGHT - sum(widths) - gap * max(0, len(widths) - 1)) / 2
     parts.append(svg.text(_LEFT - 8, 168, "Student", anchor="end", css="strong"))

@@ -55,6 +55,8 @@ def pictures_of(local: LocalExplanation, x: Tensor, data: Data, section: Explain
         seed: Of the explanation: the same donor stands in for what is masked.
     """
     donors, _ = next(data.calibration.batches(DONOR_ROWS))
+    stored = _stored(x[0], data)
+    ends = min(0.0, float(stored.min())), max(1.0, float(stored.max()))  # floats may have been normalised already
     scene = open_scene(x, data.features, section.baselines[:1], grid=section.grid, donors=donors, seed=seed)
 
     def shown(found: MinimalSet) -> bytes | None:
@@ -63,20 +65,26 @@ def pictures_of(local: LocalExplanation, x: Tensor, data: Data, section: Explain
         mask = torch.zeros(1, found.of, dtype=torch.bool)
         mask[0, list(found.positions)] = True
         mask = ~mask if found.kind == "sufficient" else mask
-        return _png(scene.masked(torch.zeros(1, dtype=torch.int64), mask, section.baselines[0])[0], data)
+        return _png(scene.masked(torch.zeros(1, dtype=torch.int64), mask, section.baselines[0])[0], data, ends)
 
-    return Pictures(_png(x[0], data), shown(local.sufficient), shown(local.necessary))
+    return Pictures(_png(x[0], data, ends), shown(local.sufficient), shown(local.necessary))
 
 
-def _png(image: Tensor, data: Data) -> bytes:
-    from PIL import Image
-
+def _stored(image: Tensor, data: Data) -> Tensor:
+    """A normalised image as it was before, in [0, 1] unless it was stored otherwise."""
     rows = data.validation.rows
     assert isinstance(rows, ImageRows)
     mean, std = rows.preparation.mean, rows.preparation.std
     image = image if std is None else image * torch.tensor(std).view(-1, 1, 1)
-    image = image if mean is None else image + torch.tensor(mean).view(-1, 1, 1)
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return image if mean is None else image + torch.tensor(mean).view(-1, 1, 1)
+
+
+def _png(image: Tensor, data: Data, ends: tuple[float, float]) -> bytes:
+    """A normalised image; `ends`: the stored values that become black and white."""
+    from PIL import Image
+
+    unit = (_stored(image, data) - ends[0]) / (ends[1] - ends[0])
+    pixels = (unit.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3])
     scale = max(1, _SIDE // max(picture.size))
     target = io.BytesIO()
@@ -165,14 +173,18 @@ def effect_bars(attribution: Attribution, key: str) -> Markup:
 
 def _heat(attribution: Attribution, grid: int | None, pictures: Pictures | None, key: str) -> Markup | None:
     """Patches coloured by their effect, over the picture."""
+    from PIL import Image
+
     if grid is None or pictures is None:
         return None
+    wide, high = Image.open(io.BytesIO(pictures.original)).size
+    width, height = _SIDE * wide / max(wide, high), _SIDE * high / max(wide, high)
     values = [feature.value for feature in attribution.features]
     right = max(int(feature.name.rpartition(" ")[2]) for feature in attribution.features)
-    most, cell = max(map(abs, values)) or 1.0, _SIDE / right
+    most, across, down = max(map(abs, values)) or 1.0, width / right, height / (len(values) // right)
     parts = [
         Markup('<image href="data:image/png;base64,{}" width="{}" height="{}"/>').format(
-            _base64(pictures.original), _SIDE, cell * (len(values) // right)
+            _base64(pictures.original), width, height
         )
     ]
     for number, value in enumerate(values):
@@ -181,10 +193,10 @@ def _heat(attribution: Attribution, grid: int | None, pictures: Pictures | None,
         parts.append(
             Markup(
                 '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" class="{}" fill-opacity="{:.3f}"/>'
-            ).format(column * cell, row * cell, cell, cell, style, 0.75 * abs(value) / most)
+            ).format(column * across, row * down, across, down, style, 0.75 * abs(value) / most)
         )
     words = "Strong colour: the patch speaks for the answer (accent) or against it (grey)."
-    return svg.document(Caption(key, "Where the answer comes from", words), _SIDE, cell * (len(values) // right), parts)
+    return svg.document(Caption(key, "Where the answer comes from", words), width, height, parts)
 
 
 def map_figure(found: CausalMap, key: str) -> Markup:
