@@ -131,6 +131,7 @@ def test_axes_hold_whatever_comes(values: list[float]) -> None:
         (formats.signed(0.19), "+0.19"),
         (formats.signed(-1.19), "−1.19"),
         (formats.signed(0.001), "0.00"),
+        (formats.signed(math.inf), "–"),
         (formats.fixed(-0.001), "0.00"),
         (formats.opposite(0.61, 1.02), "−1.02 to −0.61"),
         (formats.p_value(0.0004), "below 0.001"),

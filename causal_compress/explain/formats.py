@@ -47,7 +47,7 @@ def fixed(value: float | None, places: int = 2) -> str:
 def signed(value: float, places: int = 2) -> str:
     """A difference with its sign: +0.19 or −1.19."""
     text = fixed(value, places)
-    return f"+{text}" if value > 0 and float(text.replace(",", "")) else text
+    return f"+{text}" if value > 0 and text != MISSING and float(text.replace(",", "")) else text
 
 
 def p_value(value: float) -> str:
