@@ -156,7 +156,7 @@ class MapDrift:
 @dataclass(frozen=True, kw_only=True, config=config)
 class Parting:
     """An input on which the two part, with each one's probability of its own answer; for people as picture or row.
-    `index` is its position in the source, or in the source's own test part.
+    `index` is its index in the audited split, as `explain --index` counts.
     """
 
     index: int
