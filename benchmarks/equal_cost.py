@@ -324,11 +324,16 @@ def together(
     before: Mapping[str, list[dict[str, Any]]], single: list[dict[str, Any]], over_seeds: list[dict[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows and means, and those of earlier runs beside them; a mean gives way to one of as many seeds."""
-    kept = {_name(row): row for row in before.get("rows", [])}
+    kept = {_name(row): row for row in map(_known_kind, before.get("rows", []))}
     kept |= {_name(row): {**row, "cpu": machine()["cpu"]} for row in single}
-    means = {_name(row): row for row in before.get("over_seeds", [])}
+    means = {_name(row): row for row in map(_known_kind, before.get("over_seeds", []))}
     means |= {_name(row): row for row in over_seeds if row["seeds"] >= means.get(_name(row), {"seeds": 0})["seeds"]}
     return {"rows": sorted(kept.values(), key=_name), "over_seeds": sorted(means.values(), key=_name)}
+
+
+def _known_kind(row: dict[str, Any]) -> dict[str, Any]:
+    """A row from before latency could be what is equal."""
+    return row if "equal" in row else {"arch": row["arch"], "equal": "macs", **row}
 
 
 def _name(row: dict[str, Any]) -> tuple[Any, ...]:

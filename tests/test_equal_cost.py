@@ -54,3 +54,12 @@ def test_the_first_run_has_nothing_beside_it() -> None:
         "ours",
         "random",
     ]
+
+
+def test_rows_from_before_latency_could_be_equal_are_of_equal_macs() -> None:
+    old = [{key: value for key, value in row("ours", 0, 88.0, epochs=0).items() if key != "equal"}]
+    found = together({"rows": old}, [row("ours", 0, 91.0)], [])["rows"]
+    assert [(r["equal"], r["recovery_epochs"], r["accuracy_pct"]) for r in found] == [
+        ("macs", 0, 88.0),
+        ("macs", 15, 91.0),
+    ]
