@@ -149,7 +149,8 @@ def gate_run(run: Path, limits: Limits) -> Gated:
         raise RunFolderError(
             f"{file} is no scorecard",
             found=error.errors(include_url=False)[0]["msg"],
-            remedy="give a run folder, or what causal-compress benchmark RUN --json prints",
+            remedy="give a run folder, or what causal-compress benchmark RUN --json prints for one run "
+            "without --precision, --data and --recipe",
         ) from error
 
 
@@ -166,7 +167,7 @@ def benchmark_targets(
     Args:
         targets: The first is what the others are compared with.
         section: Batch sizes, threads, repeats and time limit; its runtimes are not looked at.
-        runtimes: Asked for; empty: all that are here.
+        runtimes: Asked for; empty: all that are here, except torch-compiled.
         precisions: Asked for; empty: all.
         data: A recipe whose data section names labelled inputs; None: those of a package or run among the targets.
     """
@@ -187,7 +188,7 @@ def _evidence(
     return brought_evidence((*packages, *runs)[0], entries, batch, lambda run: _data_of(run, load_recipe(run / RECIPE)))
 
 
-def replay(model: nn.Module, run_dir: Path) -> nn.Module:
+def replay(model: nn.Module, run_dir: Path | str) -> nn.Module:
     """Carry out a run's surgery on the teacher's own architecture, for further training with live batch norms.
 
     Args:
@@ -200,6 +201,7 @@ def replay(model: nn.Module, run_dir: Path) -> nn.Module:
     Raises:
         TraceError: the architecture is not the one that the run was made with.
     """
+    run_dir = Path(run_dir)
     read_result(run_dir, "export", Exported)
     record = _surgery_record(run_dir)
     example: Tensor = torch.zeros(2, *record["input_shape"])

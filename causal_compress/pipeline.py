@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from causal_compress.deploy.absent import refuse_absent
+from causal_compress.errors import BudgetError
 from causal_compress.recipe import Recipe
 from causal_compress.results import Plan, Scorecard
-from causal_compress.runs import open_run
+from causal_compress.runs import Run, open_run
 from causal_compress.searching import settle
+from causal_compress.shrink.search import searches
 from causal_compress.stages import (
     check_harm,
     deploy,
@@ -25,6 +29,8 @@ from causal_compress.stages import (
     understand,
 )
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -35,7 +41,12 @@ class Outcome:
 
 
 def compress(
-    recipe: Recipe, run_dir: Path, *, command: Sequence[str] = (), reuse: Path | None = None, force: bool = False
+    recipe: Recipe,
+    run_dir: Path | str,
+    *,
+    command: Sequence[str] = (),
+    reuse: Path | str | None = None,
+    force: bool = False,
 ) -> Outcome:
     """Compress a checkpoint: understand, shrink, recover, deploy, explain.
 
@@ -51,7 +62,7 @@ def compress(
     """
     if recipe.benchmark is not None:
         refuse_absent(recipe.benchmark.runtimes)  # before the work, not after it
-    with open_run(run_dir, recipe, command=command, reuse=reuse) as run, numerics(recipe):
+    with _opened(run_dir, recipe, command, reuse) as run:
         known = understand(run, recipe, force=force, settle=settle)
         rewritten, student = shrink_depth(run, recipe, known)
         pruned, student = shrink_width(run, recipe, known, student)
@@ -66,7 +77,12 @@ def compress(
 
 
 def analyze(
-    recipe: Recipe, run_dir: Path, *, command: Sequence[str] = (), reuse: Path | None = None, force: bool = False
+    recipe: Recipe,
+    run_dir: Path | str,
+    *,
+    command: Sequence[str] = (),
+    reuse: Path | str | None = None,
+    force: bool = False,
 ) -> Plan:
     """Dry run: what would merge and narrow, with predicted MACs, parameters and harm; nothing is trained.
 
@@ -77,5 +93,20 @@ def analyze(
         reuse: Another run whose analysis is taken over where it is the same.
         force: Go on with a teacher near chance.
     """
-    with open_run(run_dir, recipe, command=command, reuse=reuse) as run, numerics(recipe):
-        return understand(run, recipe, force=force).plan
+    with _opened(run_dir, recipe, command, reuse) as run:
+        plan = understand(run, recipe, force=force).plan
+    if searches(recipe.budget):
+        logger.info("the budget leaves the size open: half of the MACs are planned for here; compress searches for it")
+    return plan
+
+
+@contextmanager
+def _opened(run_dir: Path | str, recipe: Recipe, command: Sequence[str], reuse: Path | str | None) -> Iterator[Run]:
+    """The run folder; a budget that can't be met is told with the way on, as another budget is another recipe."""
+    old = Path(reuse) if reuse else None
+    with open_run(Path(run_dir), recipe, command=command, reuse=old) as run, numerics(recipe):
+        try:
+            yield run
+        except BudgetError as error:
+            remedy = f"{error.remedy}; and give another --out (with --reuse {run_dir} it takes over what is the same)"
+            raise BudgetError(error.what, found=error.found, wanted=error.wanted, remedy=remedy) from error

@@ -44,6 +44,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _RECIPE = "recipe.resolved.yaml"
 _RUN = "run.json"
+_UNBOUND = {"teacher"}  # after it a teacher near chance is refused, and the remedy is another recipe
 _OURS = re.compile(r"\.lock|\.partial-.*|\.progress-.*|\..*\.tmp|" + re.escape(_RECIPE))
 
 
@@ -301,7 +302,8 @@ def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Prove
     """The run's provenance: a new one, or the folder's own with this command, machine and versions."""
     fingerprint, now = recipe_sha256(recipe), versions()
     old = read_provenance(folder) if (folder / _RUN).exists() else None
-    if old is None or not old.stages:  # a command that failed before its first result binds the folder to nothing
+    kept = () if old is None else old.stages
+    if old is None or {record.stage for record in kept} <= _UNBOUND:  # no work yet that another recipe would spoil
         return Provenance(
             command=command,
             recipe_sha256=fingerprint,
@@ -310,7 +312,7 @@ def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Prove
             versions=now,
             machine=machine(),
             seed=recipe.seed,
-            stages=(),
+            stages=kept,
         )
     if old.recipe_sha256 != fingerprint:
         refuse_another(folder, folder / _RECIPE, recipe)

@@ -115,7 +115,7 @@ def test_the_replayed_student_equals_the_loaded_one_and_learns(finished: tuple[P
     run, source = finished
     x, y = cases()
     teacher = bare(source)
-    replayed, loaded = replay(teacher, run), load(run)
+    replayed, loaded = replay(teacher, str(run)), load(run)  # as in the README
     assert replayed.training
     with torch.no_grad():
         assert torch.allclose(replayed.eval()(x), loaded(x), atol=1e-5)

@@ -14,7 +14,7 @@ from small_runs import digits_recipe, table_recipe, train
 from causal_compress import analyze, compress, planning, stages
 from causal_compress.afterwards import rebuild_report
 from causal_compress.cli import main
-from causal_compress.errors import RunFolderError, TeacherError
+from causal_compress.errors import BudgetError, RunFolderError, TeacherError
 from causal_compress.recipe_file import recipe_yaml
 
 FILES = {
@@ -207,6 +207,26 @@ def test_a_teacher_near_chance_is_refused_unless_forced(tmp_path: Path) -> None:
         analyze(untrained, tmp_path / "run")
     assert not (tmp_path / "run" / "intervene.json").exists()
     assert analyze(untrained, tmp_path / "run", force=True).macs <= 0.5
+
+
+def test_what_a_refusal_says_can_be_done(weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = str(tmp_path / "run")
+    wrong = digits_recipe(weights, data={"normalize": {"mean": [30.0], "std": [0.1]}})
+    with pytest.raises(TeacherError, match=r"check data\.normalize"):
+        analyze(wrong, folder)
+    with pytest.raises(BudgetError) as refusal:
+        compress(digits_recipe(weights, budget={"macs": 0.001}), folder)
+    assert refusal.value.remedy.startswith("raise the budget")
+    assert f"give another --out (with --reuse {folder} it takes over" in refusal.value.remedy
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        analyze(digits_recipe(weights, budget={"macs": None}), str(tmp_path / "next"), reuse=folder)
+    assert "candidates: copied from" in caplog.text
+    assert "the budget leaves the size open: half of the MACs are planned for here" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        analyze(digits_recipe(weights), str(tmp_path / "sized"), reuse=folder)
+    assert "leaves the size open" not in caplog.text
 
 
 def test_the_report_is_rebuilt_from_what_lies_there(finished: Path, tmp_path: Path) -> None:

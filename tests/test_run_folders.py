@@ -111,6 +111,22 @@ def test_a_folder_in_which_nothing_was_finished_takes_another_recipe(tmp_path):
         pytest.fail("the folder holds a result of the right recipe now")
 
 
+def test_a_folder_with_no_more_than_the_teachers_score_takes_another_recipe(tmp_path):
+    calls = []
+
+    def score(folder, recipe, stages=("teacher",)):
+        with opened(folder, recipe) as run:
+            for name in stages:
+                run.stage(name, Skip, lambda _, name=name: calls.append(name) or RESULT, depends={"weights": "w"})
+
+    score(tmp_path, Recipe.model_validate({"seed": 3}))
+    score(tmp_path, RECIPE, ("teacher", "intervene"))
+    assert calls == ["teacher", "intervene"]  # the score's own key decided that it still holds
+    assert read_provenance(tmp_path).recipe_sha256 == recipe_sha256(RECIPE)
+    with pytest.raises(RunFolderError, match="another recipe"):
+        score(tmp_path, Recipe.model_validate({"seed": 3}))
+
+
 def forget(folder, key):
     """The run folder as it was before a key of `distill` existed."""
     recipe, told = folder / "recipe.resolved.yaml", folder / "run.json"

@@ -53,7 +53,7 @@ def draw_probe(
             "too few calibration inputs for refits",
             found=f"{len(split)}",
             wanted=f"at least {FEWEST_INPUTS}",
-            remedy="raise data.calibration, or give more data",
+            remedy="give another --out and raise data.calibration, or give more data",
         )
     size = min(CHUNK, len(split) // 4)
     chunks = -(-len(split) // size)
