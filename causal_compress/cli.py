@@ -76,7 +76,7 @@ def _unexpected(error: Exception, *, resumes: bool) -> int:
 def cli() -> None:
     """Makes a trained PyTorch classifier smaller and faster by understanding it first.
 
-    Exit codes: 0 PASS, 1 error, 2 wrong usage or recipe, 3 budget missed, 4 inconclusive.
+    Exit codes: 0 PASS, 1 error, 2 wrong usage or recipe, 3 budget missed, 4 inconclusive, 130 interrupted.
     """
 
 

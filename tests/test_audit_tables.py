@@ -146,7 +146,7 @@ def test_a_column_called_class_is_printed_beside_the_classes() -> None:
         found, _ = subgroups.gaps(pair, names[kind], "class", 50, 0)
         classes = by_group(pair, [(name, np.flatnonzero(pair.labels == label)) for label, name in enumerate("ab")])
         whole = dataclasses.replace(audit_of(pair), per_class=classes, groups=found)
-        printed = [row[0] for row in _audit_rows(whole) if row[0].startswith("class ")]
+        printed = [row[0] for row in _audit_rows(whole, "audit.json") if row[0].startswith("class ")]
         assert sorted(printed) == sorted(shown)
 
 

@@ -34,8 +34,9 @@ def audit(*, run: Path, apart: Path | None, as_json: bool, **chosen: Any) -> int
     if as_json:
         tell_lines(as_json_text(found))
     else:
-        _show_audit(found)
-        tell(f"audit: {audit_file(run)}")
+        written = audit_file(run)
+        _show_audit(found, written.name)
+        tell(f"audit: {written}")
     return 0
 
 
@@ -55,13 +56,13 @@ def bisect(*, run: Path, inputs: int | None, top: int | None, as_json: bool) -> 
     if as_json:
         tell_lines(as_json_text(found))
     else:
-        _show_bisection(found)
+        _show_bisection(found, run)
         tell(f"bisection: {run / 'bisect.json'}")
     return 0
 
 
-def _show_audit(found: Audit) -> None:
-    show_table(("what", "teacher", "student", "change (95 %)", "p or n"), list(_audit_rows(found)))
+def _show_audit(found: Audit, file: str) -> None:
+    show_table(("what", "teacher", "student", "change (95 %)", "p or n"), list(_audit_rows(found, file)))
     flips = found.flips
     tell(
         f"of {flips.n} {found.split} inputs: {flips.right_to_wrong} right -> wrong, "
@@ -72,7 +73,7 @@ def _show_audit(found: Audit) -> None:
         tell(f"  not measured: {skip.what}: {skip.reason}")
 
 
-def _audit_rows(found: Audit) -> Iterator[Row]:
+def _audit_rows(found: Audit, file: str) -> Iterator[Row]:
     yield _accuracies("accuracy", found.overall, f"p = {found.overall.p_value:.3g} (McNemar)")
     for one in found.quality:
         change = f"{one.student - one.teacher:+.4f}"
@@ -80,9 +81,9 @@ def _audit_rows(found: Audit) -> Iterator[Row]:
             change += "" if one.change.low != one.change.low else f" ({one.change.low:+.4f} to {one.change.high:+.4f})"
         name = one.measure.upper() if len(one.measure) < 4 else one.measure
         yield name, f"{one.teacher:.4f}", f"{one.student:.4f}", change, f"n = {found.n}"
-    yield from _changed("class", found.per_class)
+    yield from _changed("class", found.per_class, file)
     if found.groups is not None:
-        yield from _changed(found.groups.column, _not_classes(found, found.groups))
+        yield from _changed(found.groups.column, _not_classes(found, found.groups), file)
         gaps = (f"{found.groups.teacher_gap_pp:.2f} pp", f"{found.groups.student_gap_pp:.2f} pp")
         growth = found.groups.growth_pp
         yield f"gap over {found.groups.column}", *gaps, _interval(growth, "pp"), f"n = {growth.n}"
@@ -115,15 +116,15 @@ def _drifts(found: Audit) -> Iterator[Row]:
         yield "causal map, rho", f"{nodes.floor:.3f}", f"{nodes.student:.3f}", "", f"{len(nodes.nodes)} nodes"
 
 
-def _changed(what: str, rows: tuple[GroupChange, ...]) -> Iterator[Row]:
-    """The groups that changed most, worst first."""
+def _changed(what: str, rows: tuple[GroupChange, ...], file: str) -> Iterator[Row]:
+    """The groups that changed most, worst first; the file holds all."""
     ordered = sorted(rows, key=lambda row: (row.p_holm, -row.compared.drop_pp))
     for row in ordered[:_MOST_ROWS]:
         yield _accuracies(
             f"{what} {row.name}", row.compared, f"p = {row.p_holm:.3g} (Holm), n = {row.compared.teacher.n}"
         )
     if len(ordered) > _MOST_ROWS:
-        yield f"... {len(ordered) - _MOST_ROWS} more", "", "", "", "all in audit.json"
+        yield f"... {len(ordered) - _MOST_ROWS} more", "", "", "", f"all in {file}"
 
 
 def _accuracies(name: str, compared: Compared, note: str) -> Row:
@@ -137,7 +138,7 @@ def _interval(one: Estimate, unit: str) -> str:
     return value if one.low != one.low else f"{value} ({one.low:+.3g} to {one.high:+.3g})"  # NaN: no interval
 
 
-def _show_bisection(found: Bisection) -> None:
+def _show_bisection(found: Bisection, run: Path) -> None:
     header = (
         "undone",
         "kind",
@@ -169,4 +170,4 @@ def _show_bisection(found: Bisection) -> None:
     for skip in found.skipped:
         tell(f"  not tried: {skip.what}: {skip.reason}")
     if found.undone:
-        tell(f"to leave it out: causal-compress compress ... --undo {found.undone[0].node}")
+        tell(f"to leave it out: causal-compress compress ... --undo {found.undone[0].node} --out NEW --reuse {run}")

@@ -49,7 +49,14 @@ def analyze(*, out: Path, reuse: Path | None, force: bool, as_json: bool, **inpu
 
 
 @click.command()
-@click.option("--out", type=FOLDER, default=Path("runs/demo"), show_default=True, metavar="DIR", help="Run folder.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=Path("runs/demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the teacher; the run is in DIR/run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the scorecard as JSON.")
 @talks
 def demo(*, out: Path, as_json: bool) -> int:

@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 
 
 _PACKAGE, _RECIPE, _MEASURED = "package.json", "recipe.resolved.yaml", "benchmark."
+# The words of recipe.RuntimeName, which would bring pydantic into every --help.
+_RUNTIMES = (
+    "torch, torch-compiled, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, openvino, tensorrt or tensorrt-rtx"
+)
+_WANTED = {
+    "batches": "whole numbers such as --batch 1,64",
+    "threads": "whole numbers such as --threads 1,2",
+    "runtimes": f"as --runtime {_RUNTIMES}",
+    "repeats": "a whole number such as --repeats 100",
+}
 
 
 @click.command()
 @click.argument("targets", type=FOLDER, nargs=-1, required=True, metavar="TARGET...")
 @click.option("--batch", "batches", metavar="N,N,...", help="Batch sizes.")
 @click.option("--threads", metavar="N,N,...", help="Numbers of CPU threads.")
-@click.option("--runtime", "runtimes", multiple=True, metavar="R", help="One of doctor's runtimes; repeatable.")
+@click.option("--runtime", "runtimes", multiple=True, metavar="R", help=f"Repeatable: {_RUNTIMES}.")
 @click.option("--precision", "precisions", multiple=True, help="fp32, fp16 or int8; repeatable.")
 @click.option("--repeats", type=int, metavar="N", help="Timed calls of each model.")
 @click.option("--recipe", metavar="FILE|NAME", help="Recipe that says how --data is read.")
@@ -46,7 +56,7 @@ def benchmark(*, targets: Sequence[Path], as_json: bool, as_csv: bool, **asked: 
     if len(targets) == 1 and _is_plain_run(targets[0]) and not (precisions or data or as_csv):
         from causal_compress.afterwards import rebenchmark
 
-        return finish(rebenchmark(targets[0], section), targets[0], as_json)
+        return finish(rebenchmark(targets[0], section), None, as_json)
 
     from causal_compress.afterwards import benchmark_targets
 
@@ -133,8 +143,9 @@ def _benchmark_section(
         return BenchmarkSection.model_validate(chosen)
     except ValidationError as error:
         faults = [f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+        wrong = {fault["loc"][0] for fault in error.errors()}
         raise UsageError(
             "the benchmark can't be run like that",
             found="; ".join(faults),
-            remedy="give whole numbers such as --batch 1,64 --threads 1,2, and a --runtime that doctor names",
+            remedy="give " + ", and ".join(words for key, words in _WANTED.items() if key in wrong),
         ) from error

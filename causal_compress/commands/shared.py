@@ -88,13 +88,14 @@ def _not_given(what: str, key: str, flag: str) -> UsageError:
     )
 
 
-def finish(scorecard: Scorecard, folder: Path, as_json: bool) -> int:
-    """Print what was measured and where the report lies; returns the verdict's exit code."""
+def finish(scorecard: Scorecard, folder: Path | None, as_json: bool) -> int:
+    """Print what was measured and where the report of it lies, if there is one; returns the verdict's exit code."""
     if as_json:
         tell_lines(as_json_text(scorecard))
     else:
         show_scorecard(scorecard)
-        tell(f"report: {folder / 'report.html'}")
+        if folder is not None:
+            tell(f"report: {folder / 'report.html'}")
     return EXIT_CODES[scorecard.verdict]
 
 
