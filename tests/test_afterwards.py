@@ -142,7 +142,8 @@ def test_packages_are_measured_on_inputs_prepared_as_their_own(finished, otherwi
     assert rows["of-run teacher"][0] == rows["run teacher"][0] > rows["of-otherwise teacher"][0] + 10
     assert rows["run teacher"][1] == 0.0  # a package's inputs are its run's
     assert rows["of-otherwise teacher"][1] is None
-    assert ["of-otherwise" in note for note in told] == [True]
+    assert ["of-otherwise" in note for note in told] == [False, True]
+    assert told[0] == "accuracy: on the package's own inputs, from the validation split"
 
 
 def test_given_data_measure_no_run_that_wants_them_otherwise(finished, otherwise):

@@ -331,7 +331,9 @@ def test_a_copied_package_is_measured_with_one_command_and_nothing_else(package,
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
+    table = json.loads(done.stdout)
+    assert table["notes"][0] == "accuracy: on the package's own inputs, from the validation split"
+    rows = table["rows"]
     assert [(row["target"], row["precision"]) for row in rows] == [
         ("teacher", "fp32"),
         ("teacher", "fp16"),

@@ -115,7 +115,8 @@ def brought_evidence(first: Path, entries: Sequence[Entry], batch: int, data_of:
     """
     shared = _brought(first, batch, data_of)
     own: dict[Path, Evidence] = {}
-    notes, expected = [], dict(shared.evidence.expected)
+    expected = dict(shared.evidence.expected)
+    notes = [] if shared.package is None else ["accuracy: on the package's own inputs, from the validation split"]
     for folder, theirs in _by_folder(entries).items():
         try:
             found = shared if folder == first else _brought(folder, batch, data_of)
