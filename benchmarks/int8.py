@@ -5,8 +5,8 @@
 
 Quantizes the run's student anew (with the recipe's `quantize` section or the defaults, on calibration and validation
 inputs only) in a folder of its own; the run folder is not changed. Accuracies are read on the whole test split; all
-models are timed in turn within each round, one thread, so that what disturbs one disturbs all. Rows of another run in
-the file are kept.
+models are timed in turn within each round, one thread, so that what disturbs one disturbs all. Speed-ups are ratios of
+medians (`ratio_of_medians`), not of 10th percentiles as in scorecards. Rows of another run in the file are kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What is installed here, and which runtimes and devices really work: each is tried on a small piece of work."""
+"""What is installed here, and which runtimes and devices really work.
+
+Each but torch-compiled is tried on a small piece of work.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Tries every runtime and device once; takes a few seconds, most of them to import what is installed."""
+    """Tries each runtime and device but torch-compiled once; takes seconds, most of them to import them."""
     checks = (
         *_torch(),
         *_onnxruntime(),

@@ -285,7 +285,10 @@ def shrink_bits(run: Run, recipe: Recipe, known: Understood, student: Student, e
 def score(
     run: Run, recipe: Recipe, known: Understood, student: Student, files: tuple[Exported, Quantized | None]
 ) -> Scorecard:
-    """Benchmark teacher, student and the student's INT8 form; the only place where the test split is read."""
+    """Benchmark teacher, student and the student's INT8 form.
+
+    It is the only place where the test split is read, apart from an audit that asks for it.
+    """
     section = None if recipe.benchmark is None else covering(recipe.benchmark, recipe.budget)
     if section is None:
         reasons = ("the benchmark was skipped (benchmark: null), so nothing was measured",)

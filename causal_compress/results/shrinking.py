@@ -83,9 +83,10 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class LatencyTable:
-    """What each candidate takes on one runtime [ms, median], at full input and output width; in the candidates' order.
+    """What each candidate takes on one runtime [ms], at full input and output width; in the candidates' order.
 
-    `teacher_ms` is the sum over the teacher's own regions, `parts` how many different parts were timed.
+    Times are of undisturbed calls: 10th percentiles. `teacher_ms` is the sum over the teacher's own regions, `parts`
+    how many different parts were timed.
     """
 
     runtime: str
