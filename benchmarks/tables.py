@@ -127,12 +127,22 @@ def _rows(titles: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(_cell(row[title], title) for title in titles)} |" for row in rows)])
 
 
-_UNITS = {"pct": "%", "pp": "pp", "ms": "ms", "s": "s", "bytes": "bytes", "nats": "nats"}
+_UNITS = {
+    "pct": "%",
+    "pp": "pp",
+    "ms": "ms",
+    "s": "s",
+    "bytes": "bytes",
+    "nats": "nats",
+    "per_s": "1/s",
+    "per_cpu_s": "1/CPU s",
+}
+_WORD = re.compile(r"per_(?:cpu_)?s(?![a-z])|[^_]+")
 
 
 def _title(key: str) -> str:
     """`latency_ms_p50` -> `latency p50 [ms]`: the unit that a key names stands in brackets."""
-    words = ["(95 % interval)" if word == "ci" else word for word in key.split("_")]
+    words = ["(95 % interval)" if word == "ci" else word for word in _WORD.findall(key)]
     unit = next((word for word in words[1:] if word in _UNITS), None)
     plain = " ".join(word for word in words if word != unit)
     return plain if unit is None else f"{plain} [{_UNITS[unit]}]"
@@ -149,6 +159,8 @@ def _cell(value: Any, key: str = "") -> str:
         case float():
             return _number(value, key.split("_"))
         case list() | tuple():
+            if value and all(item is None for item in value):  # no interval
+                return ""
             return (" to " if len(value) == 2 else ", ").join(_cell(item, key) for item in value)
         case dict():
             return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())

@@ -243,6 +243,7 @@ def test_tables_come_from_results_and_are_left_empty_without(tmp_path: Path) -> 
     source.loader.exec_module(tables)
     machine = {"platform": "old", "cpu": "fast", "cores": 2, "python": "3.11"}
     rows = [{"what": "a|b", "latency_ms_p50": 1.2345, "n": 10000, "drop_ci_pp": [0.1, None]}, {"other": True}]
+    rows += [{"throughput_per_s": 5, "throughput_per_cpu_s": 6, "images_per_second": 7, "gain_ci_pp": [None, None]}]
     content = {"schema": 1, "machine": machine, "command": "python x.py", "rows": rows, "means": [{"n": 3}]}
     (tmp_path / "known.json").write_text(json.dumps(content), encoding="utf-8")
     text = "<!-- table:known -->\nold\n<!-- /table -->\n<!-- table:absent -->\nold\n<!-- /table -->\n"
@@ -251,6 +252,8 @@ def test_tables_come_from_results_and_are_left_empty_without(tmp_path: Path) -> 
     assert "| what | latency p50 [ms] | n | drop (95 % interval) [pp] |\n|---|---:|---:|---|" in filled
     assert "| a\\|b | 1.234 | 10,000 | 0.10 to  |" in filled
     assert "| other |" in filled
+    assert "| throughput [1/s] | throughput [1/CPU s] | images per second | gain (95 % interval) [pp] |" in filled
+    assert "| 5 | 6 | 7 |  |" in filled
     assert "@means n -->\n| n |\n|---:|\n| 3 |\n" in filled
     assert "`python x.py`<br>fast, 2 cores, python 3.11" in filled
     assert "<!-- table:absent -->\n<!-- /table -->" in filled
