@@ -237,7 +237,7 @@ class LatencySection(Section):
     runtime: Literal["onnxruntime"] = "onnxruntime"
     batch: Positive = 1
     threads: Positive = 1
-    keep: Share = Field(description="largest share of the teacher's latency, of undisturbed calls (10th percentiles)")
+    keep: Share = Field(description="largest share of the teacher's latency; 10th percentiles, of undisturbed calls")
 
 
 class BudgetSection(Section):

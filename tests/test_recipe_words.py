@@ -12,8 +12,8 @@ from causal_compress.errors import RecipeError
 from causal_compress.recipe_file import load_recipe
 
 MISSING = (
-    "budget.latency_ms.keep is missing; it must be a number in (0, 1] (largest share of the teacher's median "
-    "latency). Add it."
+    "budget.latency_ms.keep is missing; it must be a number in (0, 1] (largest share of the teacher's latency; "
+    "10th percentiles, of undisturbed calls). Add it."
 )
 
 
