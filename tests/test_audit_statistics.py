@@ -139,7 +139,7 @@ def test_nothing_is_said_of_one_input() -> None:
         causal_map=MapDrift(nodes=(node,), inputs=1, student=None, floor=None),
     )
     assert [found.sign for found in findings(whole)[1:]] == ["unclear"] * 3
-    assert "nan" not in str(list(_audit_rows(whole)))
+    assert "nan" not in str(list(_audit_rows(whole, "audit.json")))
 
 
 def test_surer_is_worse_only_where_confidence_exceeds_accuracy() -> None:
