@@ -170,7 +170,7 @@ def _cell(value: Any, key: str = "") -> str:
 
 def _number(value: float, words: Sequence[str]) -> str:
     """Four digits; accuracies and points to the hundredth, which is one input of 10,000."""
-    if "pp" in words or "accuracy" in words:
+    if {"pp", "accuracy", "validation"} & set(words):
         return f"{value:.2f}"
     if 99 < value < 100:
         return f"{value:,.5g}"  # a share in percent: what is left of it counts
