@@ -206,7 +206,7 @@ class DistillSection(Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = Field(
-        "auto", description="fuse loops with torch.compile; auto: on CPUs with a C++ compiler, in long runs"
+        "auto", description="torch.compile; auto: in long runs on CPUs with a C++ compiler; on a GPU, CUDA graphs"
     )
 
 

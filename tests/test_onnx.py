@@ -93,7 +93,9 @@ SECTION = ExportSection()
 
 
 @pytest.mark.parametrize(
-    "build", [PaddedResidual, Attention, pooled, lambda: fx.symbolic_trace(PaddedResidual())], ids=str
+    "build",
+    [PaddedResidual, Attention, pooled, lambda: fx.symbolic_trace(PaddedResidual())],
+    ids=["padded", "attention", "pooled", "traced"],
 )
 def test_export_runs_every_batch_size_and_equals_pytorch(build, tmp_path):
     model = warmed(build())

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -199,6 +200,19 @@ def test_fp32_is_not_computed_in_tf32():
 def test_the_gpu_here_is_needed_where_none_is_named(small, tmp_path):
     with pytest.raises(MissingPackageError, match="--capability SM89"):
         build_engine(small["fp32"], tmp_path / "e", EngineOptions())
+
+
+def test_a_gpu_that_rtx_does_not_know_is_refused_before_the_build(small, monkeypatch, tmp_path):
+    capabilities = SimpleNamespace(SM80=0, SM89=1)
+    trt = SimpleNamespace(__version__="1.7", ComputeCapability=capabilities)
+    trt.IBuilderConfig = SimpleNamespace(set_compute_capability=None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    with pytest.raises(UsageError, match="H100") as told:
+        build_engine(small["fp32"], tmp_path / "e", EngineOptions())
+    assert told.value.remedy.startswith("use --to tensorrt ")
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])

@@ -159,11 +159,12 @@ def listener(trt: Any) -> Any:
 def _check(trt: Any, options: EngineOptions) -> None:
     if not options.batches or min(options.batches) < 1:
         raise UsageError("an engine needs batch sizes", found=str(options.batches), remedy="give --batch 1,8,64")
+    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")] if _named(trt) else []
     if options.capability == CURRENT:
         if (absent := no_gpu(options.runtime)) is not None:
             raise _needs_capability(options.runtime, absent)
+        _refuse_gpu_here(options.runtime, known)
         return
-    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")] if _named(trt) else []
     if options.capability not in known:
         raise UsageError(
             f"{options.runtime} can't build for {options.capability}",
@@ -177,6 +178,19 @@ def _check(trt: Any, options: EngineOptions) -> None:
         raise UsageError(
             "TensorRT-RTX has no hardware- or version-compatible engines",
             remedy="leave --compatible out and name each generation with --capability",
+        )
+
+
+def _refuse_gpu_here(runtime: TensorRTName, known: Sequence[str]) -> None:
+    """TensorRT-RTX knows the generations of desktop and edge GPUs; what it says of an H100 doesn't tell why."""
+    import torch
+
+    if runtime == "tensorrt-rtx" and known and (here := _generation(CURRENT)) not in known:
+        raise UsageError(
+            f"TensorRT-RTX can't build for the {torch.cuda.get_device_name()} here",
+            found=f"a GPU of {here}",
+            wanted=f"one of {', '.join(known)}",
+            remedy="use --to tensorrt for this GPU, or name another machine's with --capability SM89",
         )
 
 

@@ -132,8 +132,12 @@ def _with_numbers(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_csv(path: Path, *, header: bool, **options: Any) -> pd.DataFrame:
-    """Blanks after a comma, as in UCI's files, belong to no cell: ` ?` is a missing value and ` "a, b"` one text."""
-    return pd.read_csv(path, header=0 if header else None, skipinitialspace=True, **options)
+    """Blanks after a comma, as in UCI's files, belong to no cell: ` ?` is a missing value and ` "a, b"` one text.
+
+    Numbers are read to the last bit, as pandas before 3.1 did not: a table has one fingerprint, whoever reads it.
+    """
+    header_row = 0 if header else None
+    return pd.read_csv(path, header=header_row, skipinitialspace=True, float_precision="round_trip", **options)
 
 
 def _check_width(path: Path) -> None:

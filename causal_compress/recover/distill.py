@@ -20,7 +20,7 @@ from causal_compress.errors import DataError, MissingPackageError, TraceError
 from causal_compress.inputs.data import Data
 from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
-from causal_compress.recover.compiling import compiled, is_compiled
+from causal_compress.recover.compiling import compiled, is_compiled, is_recorded
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
 from causal_compress.recover.norms import trained_node, with_norms, without_norms
 from causal_compress.recover.training import Course, Learner, place_network, prepare, train_epoch, watch
@@ -101,9 +101,8 @@ def _set_out(
     guide = fold_batch_norms(observed(teacher, nodes, role="teacher").eval())
     guide = place_network(guide.requires_grad_(False), place, data)
     course = Course(data, section, seed, guide, accelerator, place, _uses_bf16(section.precision, place), len(nodes))
-    if is_compiled(section, steps=course.steps, device=place, processes=accelerator.num_processes):
-        return replace(course, compiled=True)
-    return course
+    how = {"steps": course.steps, "device": place, "processes": accelerator.num_processes}
+    return replace(course, compiled=is_compiled(section, **how), recorded=is_recorded(section, **how))
 
 
 def _with_norms(student: nn.Module, data: Data) -> nn.Module:
@@ -165,6 +164,7 @@ def _check(course: Course, watched: nn.Module, boundaries: Sequence[tuple[str, s
 def _stamp(course: Course, student: nn.Module, boundaries: Sequence[tuple[str, str]]) -> str:
     """All that the trained weights depend on; progress with another stamp is another run's."""
     place = f"{course.device.type} {course.bf16} {course.compiled} {course.accelerator.num_processes}"
+    place += " recorded" if course.recorded else ""
     texts = [course.section.model_dump_json(), str(course.seed), str(list(boundaries)), course.data.fingerprint, place]
     return checkpoint.fingerprint(student, [*texts, checkpoint.fingerprint(course.teacher, ())])
 
@@ -203,4 +203,5 @@ def _summary(course: Course, trained: nn.Module, history: Sequence[Epoch]) -> Di
         device=course.device.type,
         processes=course.accelerator.num_processes,
         compiled=course.compiled,
+        recorded=course.recorded,
     )

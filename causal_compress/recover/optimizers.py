@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -49,21 +49,36 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._move(weight, weight.grad, group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for alike in _by_shape(weights):
+                self._move(alike, group)
         return loss
 
-    def _move(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"].lerp_(gradient, 1.0 - _MATRIX_MOMENTUM)
-        ahead = torch.lerp(gradient, momentum, _MATRIX_MOMENTUM)
-        matrices = ahead.reshape(group["blocks"], len(ahead) // group["blocks"], -1)
-        direction = orthogonalised(matrices).reshape(ahead.shape)
-        length = group["lr"] * weight.norm() / direction.norm().clamp(min=_SMALLEST_NORM)
-        weight.sub_(direction * length)
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Steps of weights of one shape, whose matrices are orthogonalised together: a GPU waits for every call."""
+        momenta = []
+        for weight in weights:
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            momenta.append(state["momentum"])
+        gradients = [cast(Tensor, weight.grad) for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1.0 - _MATRIX_MOMENTUM)
+        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, _MATRIX_MOMENTUM))
+        blocks = len(weights) * group["blocks"]
+        directions = orthogonalised(ahead.reshape(blocks, ahead.shape[1] // group["blocks"], -1)).reshape(ahead.shape)
+        norms = torch.linalg.vector_norm(directions.flatten(1), dim=1).clamp(min=_SMALLEST_NORM)
+        lengths = group["lr"] * torch.stack(torch._foreach_norm(weights)) / norms
+        steps = (directions * lengths.reshape(-1, *[1] * weights[0].ndim)).to(weights[0].dtype)
+        torch._foreach_sub_(weights, list(steps))
+
+
+def _by_shape(weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The weights, those of one shape, type and device together, in the order of their first."""
+    alike: dict[tuple[Any, ...], list[Tensor]] = {}
+    for weight in weights:
+        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
+    return list(alike.values())
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from causal_compress.errors import NumericalError
 from causal_compress.inputs.data import Data
 from causal_compress.progress import progress
 from causal_compress.recipe import DistillSection, InterveneSection
-from causal_compress.recover.compiling import compiled
+from causal_compress.recover.compiling import compiled, record
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
 from causal_compress.recover.networks import answer, unobserved
 from causal_compress.recover.optimizers import optimizers_of
@@ -37,7 +38,10 @@ _FEWEST_ROWS = 50  # to say from them that a network answers everything alike
 
 @dataclass(frozen=True)
 class Course:
-    """What stays the same through all epochs; `answers` are the teacher's logits for batches that come again."""
+    """What stays the same through all epochs; `answers` are the teacher's logits for batches that come again.
+
+    `compiled` and `recorded` say whether networks go through torch.compile, and whether their passes are CUDA graphs.
+    """
 
     data: Data
     section: DistillSection
@@ -48,6 +52,7 @@ class Course:
     bf16: bool
     boundaries: int
     compiled: bool = False
+    recorded: bool = False
     answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -63,9 +68,9 @@ class Course:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.section.epochs
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Inside, teacher and student compute in the course's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self, *, cached: bool = True) -> AbstractContextManager[Any]:
+        """Inside, teacher and student compute in the course's precision; weights in bf16 are made once if `cached`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=cached)
 
 
 @dataclass(frozen=True)
@@ -137,18 +142,36 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
     plain = unobserved(student) if parallel is student else parallel
     if course.compiled:
         parallel, plain = compiled(parallel), compiled(plain)
+    if course.recorded:
+        _record(course, student, parallel, plain)
     return Learner(student, parallel, plain, tuple(optimizers), average)
+
+
+def _record(course: Course, student: nn.Module, parallel: nn.Module, plain: nn.Module) -> None:
+    """Records the passes that a step consists of, on rows as they will come."""
+    size = min(course.section.batch_size, len(course.data.train))
+    x, labels = next(iter(_filled(course.data.train.batches(size, limit=size), size)))
+    example = _own_rows(course, _Batch(x, labels, labels >= 0, None)).x
+    _set_training(student, parallel, plain)
+    looks_inside = course.boundaries > 0 and course.section.boundary_weight > 0
+    for network in [course.teacher, plain, *([parallel] if looks_inside and parallel is not plain else [])]:
+        record(network, example, lambda: course.autocast(cached=False))
+
+
+def _set_training(student: nn.Module, *shared: nn.Module) -> None:
+    """Training mode for the student and networks that share its layers, dropout resting."""
+    for network in shared:
+        network.train()
+    _rest_dropout(student)
 
 
 def _averaging(decay: float) -> Callable[..., None]:
     @torch.no_grad()
     def average(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
-        share = 1.0 - decay_at(int(updates), decay)
-        for old, new in zip(averaged, current, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, share)
-            else:
-                old.copy_(new)  # a batch norm counts its batches; there is nothing to average
+        if not averaged[0].is_floating_point():  # a batch norm counts its batches; there is nothing to average
+            torch._foreach_copy_(list(averaged), list(current))
+        else:
+            torch._foreach_lerp_(list(averaged), list(current), 1.0 - decay_at(int(updates), decay))
 
     return average
 
@@ -168,9 +191,7 @@ def train_epoch(course: Course, learner: Learner, index: int) -> Epoch:
         NumericalError: a loss or gradient is NaN or infinite (the step is not taken), or the student has come to answer
             all inputs alike.
     """
-    learner.parallel.train()
-    learner.plain.train()
-    _rest_dropout(learner.student)
+    _set_training(learner.student, learner.parallel, learner.plain)
     total, rate = torch.zeros((), device=course.device), 0.0
     started = time.perf_counter()
     with _seeded(course, index):
@@ -202,7 +223,9 @@ def _rest_dropout(student: nn.Module) -> None:
 def _seeded(course: Course, index: int) -> Iterator[None]:
     """Dropout and the like depend on seed, epoch and process only; the caller's random state is put back."""
     devices = list(range(torch.cuda.device_count())) if course.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        if course.recorded:  # passes were recorded on another stream than they are replayed on, which autograd tells of
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         torch.manual_seed(_mixed_seed(course.seed, index, course.accelerator.process_index))
         yield
 
@@ -308,7 +331,7 @@ def _taught(course: Course, batch: _Batch, *, inside: bool) -> tuple[Tensor, tup
     with course.autocast(), torch.no_grad():
         wanted, activations = answer(course.teacher, batch.x)
     if batch.key is not None:
-        course.answers[batch.key] = wanted
+        course.answers[batch.key] = wanted.clone()  # what is recorded writes its answers to the same place again
     return wanted, activations
 
 

@@ -22,7 +22,10 @@ class Epoch:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Distilled:
-    """How the student was trained; always the last epoch, never the best."""
+    """How the student was trained; always the last epoch, never the best.
+
+    `compiled`: by torch.compile. `recorded`: by replayed CUDA graphs.
+    """
 
     epochs: tuple[Epoch, ...]
     validation: Accuracy
@@ -32,6 +35,7 @@ class Distilled:
     device: str
     processes: int
     compiled: bool
+    recorded: bool = False
 
     @property
     def seconds(self) -> float:
