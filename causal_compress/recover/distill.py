@@ -84,6 +84,7 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
         if course.compiled:
             course = replace(course, teacher=compiled(course.teacher))
         learner = prepare(course, watched)
+        course = replace(course, recorded=learner.recorded)
         history = _train(course, learner, progress_dir, stamp)
         structure.load_state_dict(learner.result.state_dict())
         trained.load_state_dict(without_norms(structure, student) if section.norms else structure.state_dict())

@@ -75,7 +75,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Learner:
-    """What training changes: the student and its average.
+    """What training changes: the student and its average; and whether any passes could be `recorded`.
 
     `parallel` and `plain` are the same student, as prepared by Accelerate: `plain` leaves the boundary activations
     out, which are a seventh of a step even where their loss has no weight.
@@ -86,6 +86,7 @@ class Learner:
     plain: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
     average: AveragedModel | None
+    recorded: bool = False
 
     @property
     def result(self) -> nn.Module:
@@ -142,20 +143,20 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
     plain = unobserved(student) if parallel is student else parallel
     if course.compiled:
         parallel, plain = compiled(parallel), compiled(plain)
-    if course.recorded:
-        _record(course, student, parallel, plain)
-    return Learner(student, parallel, plain, tuple(optimizers), average)
+    recorded = course.recorded and _record(course, student, parallel, plain)
+    return Learner(student, parallel, plain, tuple(optimizers), average, recorded)
 
 
-def _record(course: Course, student: nn.Module, parallel: nn.Module, plain: nn.Module) -> None:
-    """Records the passes that a step consists of, on rows as they will come."""
+def _record(course: Course, student: nn.Module, parallel: nn.Module, plain: nn.Module) -> bool:
+    """Records the passes that a step consists of, on rows as they will come; whether any could be."""
     size = min(course.section.batch_size, len(course.data.train))
     x, labels = next(iter(_filled(course.data.train.batches(size, limit=size), size)))
     example = _own_rows(course, _Batch(x, labels, labels >= 0, None)).x
     _set_training(student, parallel, plain)
     looks_inside = course.boundaries > 0 and course.section.boundary_weight > 0
-    for network in [course.teacher, plain, *([parallel] if looks_inside and parallel is not plain else [])]:
-        record(network, example, lambda: course.autocast(cached=False))
+    networks = [course.teacher, plain, *([parallel] if looks_inside and parallel is not plain else [])]
+    done = [record(network, example, lambda: course.autocast(cached=False)) for network in networks]
+    return any(done)
 
 
 def _set_training(student: nn.Module, *shared: nn.Module) -> None:
