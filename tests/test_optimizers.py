@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from causal_compress.recipe import DistillSection
+from causal_compress.recover import optimizers
 from causal_compress.recover.optimizers import Muon, optimizers_of, orthogonalised
 
 
@@ -110,3 +111,27 @@ def test_inputs_of_unlike_sizes_are_learnt_sooner_than_by_any_rate_of_sgd() -> N
 
     plain = min(after(torch.optim.SGD, lr=rate, momentum=0.9) for rate in (0.01, 0.1, 1.0, 3.0))
     assert min(after(Muon, lr=rate) for rate in (0.01, 0.1)) < plain / 3
+
+
+def test_weights_of_one_shape_move_as_each_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = [torch.randn(4, 3, 3, 3, generator=generator) for _ in range(5)] + [torch.randn(6, 2, generator=generator)]
+    slopes = [torch.randn(value.shape, generator=generator) for value in values]
+
+    def moved(groups: list[list[nn.Parameter]]) -> list[nn.Parameter]:
+        for _ in range(3):
+            for weights in groups:
+                Muon([{"params": weights}], lr=0.1).step()
+        return [weight for weights in groups for weight in weights]
+
+    def fresh() -> list[nn.Parameter]:
+        weights = [nn.Parameter(value.clone()) for value in values]
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope.clone()
+        return weights
+
+    alone = moved([[weight] for weight in fresh()])
+    for most in (2**20, 2 * values[0].numel(), 1):
+        monkeypatch.setattr(optimizers, "_TOGETHER", most)
+        for together, single in zip(moved([fresh()]), alone, strict=True):
+            torch.testing.assert_close(together, single, rtol=1e-5, atol=1e-6)

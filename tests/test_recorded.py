@@ -55,18 +55,69 @@ def test_what_is_recorded(
     assert distill_sample.same(trained.state_dict(), plain.state_dict())
 
 
-def test_what_can_not_be_recorded_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, student: nn.Module) -> None:
+@pytest.fixture
+def acted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU's functions that do nothing here, and what was asked of them."""
+    asked: list[str] = []
+    monkeypatch.setattr(compiling, "_is_suited", lambda network, x: not compiling.shares_gradients(network, x))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "the usual stream")
+    for name in ("synchronize", "set_stream", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *told, name=name: asked.append(f"{name} {told}"))
+    return asked
+
+
+def eagerly() -> Any:
+    return torch.autocast("cpu", enabled=False)
+
+
+def test_what_can_not_be_recorded_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, student: nn.Module, acted: list[str]
+) -> None:
     def refusing(network: nn.Module, args: tuple[Tensor], **_: Any) -> None:
         network(*args)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(compiling, "_is_small", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refusing)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    student.train()
-    assert not record(student, torch.randn(8, 2, 8, 8), lambda: torch.autocast("cpu", enabled=False))
+    assert not record(student.train(), torch.randn(8, 2, 8, 8), eagerly)
     assert distill_sample.same(before, student.state_dict())
+    assert acted[-2:] == ["set_stream ('the usual stream',)", "synchronize ()"]
+
+
+class Adds(nn.Module):
+    """Two weights that are only added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.zeros(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.one + self.other)
+
+
+class Counts(nn.Module):
+    """Replaces its buffer where others write into theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = 0.9 * self.seen + 0.1 * x.detach().mean()
+        return self.layer(x) + self.seen
+
+
+@pytest.mark.parametrize("network", [Adds(), Counts()])
+def test_what_would_be_replayed_wrongly_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, acted: list[str], network: nn.Module
+) -> None:
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_, **__: pytest.fail("recorded"))
+    buffers = dict(network.named_buffers())
+    assert not record(network.train(), torch.ones(4, 3), eagerly)
+    assert all(network.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert all(float(buffer) == 0.0 for buffer in buffers.values())
+    assert not acted
 
 
 @pytest.fixture

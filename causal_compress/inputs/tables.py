@@ -19,6 +19,9 @@ from causal_compress.errors import DataError, MissingPackageError
 _MISSING = "<missing>"
 _MAX_CATEGORIES = 1000
 # What marks a missing text. None, NA, N/A and null, which pandas takes for missing, are names: no damage, Namibia.
+# Numbers are read to the last bit, so that a table has one fingerprint; pandas does so by itself since 3.1, and warns
+# where it is told to.
+_EXACT = {"float_precision": "round_trip"} if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1) else {}
 _NO_TEXT = ["", " ", "?", "nan", "NaN", "-nan", "-NaN", "<NA>", "#NA", "#N/A", "#N/A N/A"]
 _NO_TEXT += [f"{sign}1.#{kind}" for sign in ("", "-") for kind in ("IND", "QNAN")]
 
@@ -132,12 +135,8 @@ def _with_numbers(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_csv(path: Path, *, header: bool, **options: Any) -> pd.DataFrame:
-    """Blanks after a comma, as in UCI's files, belong to no cell: ` ?` is a missing value and ` "a, b"` one text.
-
-    Numbers are read to the last bit, as pandas before 3.1 did not: a table has one fingerprint, whoever reads it.
-    """
-    header_row = 0 if header else None
-    return pd.read_csv(path, header=header_row, skipinitialspace=True, float_precision="round_trip", **options)
+    """Blanks after a comma, as in UCI's files, belong to no cell: ` ?` is a missing value and ` "a, b"` one text."""
+    return pd.read_csv(path, header=0 if header else None, skipinitialspace=True, **_EXACT, **options)
 
 
 def _check_width(path: Path) -> None:

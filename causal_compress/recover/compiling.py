@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -100,33 +102,84 @@ def record(network: nn.Module, example: torch.Tensor, precision: Callable[[], Ab
     Returns:
         Whether it was recorded.
     """
-    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]  # batch norms look at what comes past
+    kept = _Kept.of(network)
+    stream = torch.cuda.current_stream(example.device)
     try:
-        with precision():
-            if not _is_small(network, example):
+        with torch.cuda.device_of(example), precision(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The CUDA Graph is empty")
+            if not _is_suited(network, example) or kept.replaced():
                 return False
+            _refuse_waiting(network, example)
             torch.cuda.make_graphed_callables(network, (example,), allow_unused_input=True)
     except Exception as error:  # whatever a layer raises that may not be recorded
-        logger.info(
-            "distill: steps are not recorded (%s)", str(error).strip().partition("\n")[0] or type(error).__name__
-        )
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        logger.info("distill: steps are not recorded (%s)", why)
+        torch.cuda.set_stream(stream)  # a capture that failed leaves its own
         torch.cuda.synchronize()
         return False
     finally:
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
+        kept.put_back()
     return True
 
 
-def _is_small(network: nn.Module, example: torch.Tensor) -> bool:
-    """Whether the memory of some passes is free; what is recorded keeps what it needs."""
+@dataclass(frozen=True)
+class _Kept:
+    """A network's buffers as they were: batch norms look at whatever comes past, and some layers replace theirs."""
+
+    entries: tuple[tuple[nn.Module, str, torch.Tensor, torch.Tensor], ...]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> _Kept:
+        """The buffers as they are now, and copies of them."""
+        found = ((owner, name, value) for owner in network.modules() for name, value in owner._buffers.items())
+        return cls(tuple((owner, name, value, value.clone()) for owner, name, value in found if value is not None))
+
+    def replaced(self) -> bool:
+        """Whether one is another tensor by now: a replay would go on reading the old one."""
+        return any(owner._buffers[name] is not value for owner, name, value, _ in self.entries)
+
+    def put_back(self) -> None:
+        """The same tensors with the same numbers."""
+        with torch.no_grad():
+            for owner, name, value, before in self.entries:
+                owner._buffers[name] = value
+                value.copy_(before)
+
+
+def _refuse_waiting(network: nn.Module, example: torch.Tensor) -> None:
+    """Raises where a layer waits for the GPU, before a capture is spoilt by it: not all of that can be undone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        network(example)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _is_suited(network: nn.Module, example: torch.Tensor) -> bool:
+    """Whether each weight has its own gradient, and the memory of some passes is free; what is recorded keeps it."""
     torch.cuda.reset_peak_memory_stats(example.device)
     before = torch.cuda.memory_allocated(example.device)
+    shared = shares_gradients(network, example)
+    needed = torch.cuda.max_memory_allocated(example.device) - before
+    return not shared and _COPIES * needed < torch.cuda.mem_get_info(example.device)[0]
+
+
+def shares_gradients(network: nn.Module, example: torch.Tensor) -> bool:
+    """Whether some weights are given one gradient between them, as those that are only added up are.
+
+    A replay hands it out as it is, and clipping in place would shrink it twice.
+
+    Args:
+        network: May be frozen; its buffers see the example.
+        example: A batch, (samples, ...).
+    """
     outputs = network(example)
     trained = [p for p in network.parameters() if p.requires_grad]
-    if trained:
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        torch.autograd.grad(logits.sum(), trained, allow_unused=True)
-    needed = torch.cuda.max_memory_allocated(example.device) - before
-    return _COPIES * needed < torch.cuda.mem_get_info(example.device)[0]
+    if not trained:
+        return False
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    found = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    places = [gradient.data_ptr() for gradient in found if gradient is not None and gradient.numel()]
+    return len(set(places)) < len(places)

@@ -69,9 +69,9 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
         TraceError: boundaries that are absent or that differ in shape.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, for the logits; DESIGN, section 3, for boundaries and interventions.
-    Limits: bit-for-bit resumption needs the same machine, threads and number of processes. On several processes a
-        batch is divided among them, so batch norms see fewer rows; the folder must be the same for all, and the first
-        process's student is the one to keep.
+    Limits: bit-for-bit resumption needs the same machine, threads and number of processes, and on a GPU as much free
+        memory, by which passes are recorded or not. On several processes a batch is divided among them, so batch norms
+        see fewer rows; the folder must be the same for all, and the first process's student is the one to keep.
     """
     course = _set_out(teacher, [name for _, name in boundaries], data, section, seed, device)
     structure = _with_norms(student, data) if section.norms and section.epochs else copy.deepcopy(student)

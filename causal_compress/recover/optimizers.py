@@ -16,6 +16,7 @@ _MATRIX_MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic that lifts small singular values fast, and ends near one
 _ITERATIONS = 5
 _SMALLEST_NORM = 1e-12
+_TOGETHER = 2**20  # numbers that are moved at once; more is no faster, and takes four times their memory
 
 
 class Muon(torch.optim.Optimizer):
@@ -74,11 +75,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def _by_shape(weights: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The weights, those of one shape, type and device together, in the order of their first."""
+    """The weights; those of one shape, type and device together, as far as they are small."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for weight in weights:
         alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
-    return list(alike.values())
+    at_once = ((group, max(1, _TOGETHER // max(1, group[0].numel()))) for group in alike.values())
+    return [group[start : start + count] for group, count in at_once for start in range(0, len(group), count)]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

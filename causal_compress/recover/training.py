@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,6 +150,8 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
 
 def _record(course: Course, student: nn.Module, parallel: nn.Module, plain: nn.Module) -> bool:
     """Records the passes that a step consists of, on rows as they will come; whether any could be."""
+    gc.collect()  # what was recorded for an earlier student is held by a cycle
+    torch.cuda.empty_cache()
     size = min(course.section.batch_size, len(course.data.train))
     x, labels = next(iter(_filled(course.data.train.batches(size, limit=size), size)))
     example = _own_rows(course, _Batch(x, labels, labels >= 0, None)).x
