@@ -93,8 +93,8 @@ def search(
     """
     sizes: list[_Size] = []
     feared = partial(_feared, confidence=section.confidence)
-    fails, holds = min(max(least, _SMALLEST), 1.0), 1.0
-    share = _rounded(max(_FIRST, math.sqrt(fails)))
+    fails, holds = _least(least), 1.0
+    share = first_share(least)
     for _ in range(section.points):
         found = attempt(share)
         within = False
@@ -112,6 +112,19 @@ def search(
         if min(holds / fails, (holds / share) ** 2) < _NEAR:  # halving reaches both at once
             break
     return _settled(sizes, limit_pp, in_full, feared)
+
+
+def first_share(least: float) -> float:
+    """The share of MACs that a search begins with: half of them, or more where no plan can reach that.
+
+    Args:
+        least: Smallest share of MACs that any plan can reach.
+    """
+    return _rounded(max(_FIRST, math.sqrt(_least(least))))
+
+
+def _least(share: float) -> float:
+    return min(max(share, _SMALLEST), 1.0)
 
 
 def _feared(point: SearchPoint, confidence: float) -> float:
