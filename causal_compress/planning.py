@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 from causal_compress.deploy.filesize import bytes_each, sizer_for
 from causal_compress.deploy.latency import time_models
-from causal_compress.provenance import place
+from causal_compress.files import sha256_of_json
+from causal_compress.provenance import package_version, place
 from causal_compress.recipe import BudgetSection, Recipe
 from causal_compress.results import Candidates, Effects, Groups, LatencyTable, Plan
-from causal_compress.runs import Run
+from causal_compress.runs import Run, read_provenance
 from causal_compress.shrink.costs import FileCosts
 from causal_compress.shrink.filesize import Planner, file_costs, plan_for_size
 from causal_compress.shrink.latency import measure_latency, plan_for_latency
@@ -39,7 +42,7 @@ def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: P
     depends = {
         "candidates": run.key_of("candidates"),
         "group": run.key_of("group"),
-        "budget": recipe.budget,
+        "budget": _costs_of(recipe.budget),
         "plan": recipe.plan.model_dump(exclude=None if recipe.plan.undo else {"undo"}),
     }
     limited = recipe.budget.size_bytes is not None
@@ -55,14 +58,34 @@ def decide(run: Run, recipe: Recipe, network: Network, known: Measured, probe: P
     else:
         planner = _planner_in_time(run, recipe, network, known, costs)
         depends |= {"latency": run.key_of("latency")}
-    if not limited:
-        return run.stage("plan", Plan, lambda _: planner(recipe.budget), depends=depends)
-    return run.stage(
-        "plan",
-        Plan,
-        lambda _: plan_for_size(network, recipe.budget, planner, sizer),
-        depends={"bytes_each": bytes_each(recipe.quantize), **depends},
-    )
+    if limited:
+        depends |= {"bytes_each": bytes_each(recipe.quantize)}
+    whole = depends | {"budget": recipe.budget}
+    if recorded(run.folder, "plan", whole):  # by an earlier causal-compress, with all that followed from it
+        depends = whole
+
+    def work(_: Path) -> Plan:
+        return plan_for_size(network, recipe.budget, planner, sizer) if limited else planner(recipe.budget)
+
+    return run.stage("plan", Plan, work, depends=depends)
+
+
+def recorded(folder: Path, stage: str, depends: Mapping[str, Any]) -> bool:
+    """Whether a run folder holds a stage that depended on this, by the key that `Run.stage` gives it.
+
+    Args:
+        folder: A run folder.
+        stage: The stage's name.
+        depends: What it should have depended on.
+    """
+    told = read_provenance(folder)
+    key = sha256_of_json([stage, depends, told.versions.get("causal-compress", package_version())])
+    return any((record.stage, record.key) == (stage, key) for record in told.stages)
+
+
+def _costs_of(budget: BudgetSection) -> BudgetSection:
+    """What of a budget shapes a plan: a limit on the drop of accuracy only decides the verdict."""
+    return budget.model_copy(update={"max_accuracy_drop": None})
 
 
 def _planner(recipe: Recipe, network: Network, known: Measured, probe: Probe, costs: Costs) -> Planner:

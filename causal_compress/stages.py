@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 
 from causal_compress.deploy.benchmark import benchmark, chosen_int8, deployed
-from causal_compress.deploy.faster import chosen_for_size
+from causal_compress.deploy.faster import chosen_for_size, chosen_within
 from causal_compress.deploy.latency import covering
 from causal_compress.deploy.onnx import export, refuse_unknown_opset
 from causal_compress.deploy.quantize import quantize
@@ -181,8 +181,13 @@ def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Stud
         student, changes, skips = rewrite(known.network, known.plan, front, recipe.rewrite)
         return write_log(scratch, "rewrite", student, known, (changes, skips), front.harm_kl)
 
-    log = run.stage("rewrite", Log, work, depends={"plan": run.key_of("plan"), "rewrite": recipe.rewrite})
+    log = run.stage("rewrite", Log, work, depends=rewrite_depends(run.key_of("plan"), recipe))
     return log, read_student(run, known, log.surgery, "rewrite.safetensors")
+
+
+def rewrite_depends(plan: str, recipe: Recipe) -> dict[str, Any]:
+    """What merging depends on: the key of the plan, and the recipe."""
+    return {"plan": plan, "rewrite": recipe.rewrite}
 
 
 def shrink_width(run: Run, recipe: Recipe, known: Understood, student: Student) -> tuple[Log, Student]:
@@ -272,14 +277,15 @@ def shrink_bits(run: Run, recipe: Recipe, known: Understood, student: Student, e
     section = recipe.quantize
     if section is None:
         return None
-    limit = recipe.budget.size_bytes
+    limits = recipe.budget.model_dump(include={"size_bytes", "max_accuracy_drop"}, exclude_none=True)
 
     def work(scratch: Path) -> Quantized:
         forms = quantize(student.graph, run.folder / exported.onnx, known.data, section, scratch)
-        return chosen_for_size(forms, limit)
+        forms = chosen_within(forms, known.teacher.accuracy, recipe.budget.max_accuracy_drop)
+        return chosen_for_size(forms, recipe.budget.size_bytes)
 
-    depends = {"export": run.key_of("export"), "quantize": section, **place()}
-    return run.stage("quantize", Quantized, work, depends=depends | ({} if limit is None else {"size_bytes": limit}))
+    depends = {"export": run.key_of("export"), "quantize": section, **place(), **limits}
+    return run.stage("quantize", Quantized, work, depends=depends)
 
 
 def score(

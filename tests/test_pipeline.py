@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from small_runs import digits_recipe, table_recipe, train
 from causal_compress import analyze, compress, planning, stages
 from causal_compress.afterwards import rebuild_report
 from causal_compress.cli import main
+from causal_compress.deploy.quantize import quantize
 from causal_compress.errors import BudgetError, RunFolderError, TeacherError
 from causal_compress.recipe_file import recipe_yaml
 
@@ -165,6 +167,36 @@ def test_another_budget_shares_the_analysis(
     assert not names & {"rewrite.json", "student.safetensors", "scorecard.json"}
 
 
+def test_another_limit_shares_all_work_and_gets_a_verdict_of_its_own(
+    finished: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, *(name for name in WORK if name != "benchmark"))
+    recipe = digits_recipe(weights, budget={"max_accuracy_drop": 0.0})
+    outcome = compress(recipe, tmp_path / "run", reuse=finished)
+    assert read(finished, "scorecard.json")["verdict"] == "PASS"
+    assert outcome.scorecard.verdict != "PASS"
+    assert read(tmp_path / "run", "plan.json") == read(finished, "plan.json")
+
+
+def test_a_folder_from_when_the_plan_hung_on_the_limit_goes_on(
+    finished: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders whose plan was recorded under the whole budget: as they were written before."""
+    whole = digits_recipe(weights)
+    old = tmp_path / "old"
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "_costs_of", lambda budget: budget)
+        compress(whole, old, reuse=finished)
+    before = read(old, "run.json")["stages"]
+    keys = [
+        {stage["stage"]: stage["key"] for stage in read(folder, "run.json")["stages"]} for folder in (old, finished)
+    ]
+    assert keys[0]["plan"] != keys[1]["plan"]
+    forbid(monkeypatch, *WORK)
+    compress(whole, old)
+    assert read(old, "run.json")["stages"] == before
+
+
 def test_a_folder_of_another_recipe_is_refused_and_left_alone(finished: Path, weights: Path) -> None:
     before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     with pytest.raises(RunFolderError, match=r"budget\.macs is 0\.5 there, 0\.3 now"):
@@ -222,7 +254,7 @@ def test_what_a_refusal_says_can_be_done(weights: Path, tmp_path: Path, caplog: 
     with caplog.at_level("INFO"):
         analyze(digits_recipe(weights, budget={"macs": None}), str(tmp_path / "next"), reuse=folder)
     assert "candidates: copied from" in caplog.text
-    assert "the budget leaves the size open: half of the MACs are planned for here" in caplog.text
+    assert "the budget leaves the size open: here 0.5 of the MACs are planned for" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         analyze(digits_recipe(weights), str(tmp_path / "sized"), reuse=folder)
@@ -296,3 +328,24 @@ def test_threads_are_those_of_the_recipe_else_pytorchs_own(weights: Path) -> Non
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_accuracy_budget_reaches_the_choice_of_precision(
+    finished: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse(*given: object, **named: object) -> object:
+        made = quantize(*given, **named)  # type: ignore[arg-type]
+        bad = replace(made.files[0].accuracy, pct=made.fp32.pct - 10.0)
+        return replace(made, files=(replace(made.files[0], accuracy=bad),), chosen="int8", reason="INT8 is faster")
+
+    monkeypatch.setattr(stages, "quantize", worse)
+    section = {"families": ["cpu"], "methods": ["minmax"], "inputs": 64, "scored": 64, "repeats": 5, "seconds": 0.1}
+    chosen = {}
+    for limit in (None, 5.0, 50.0):
+        budget = {"macs": 0.5, "max_accuracy_drop": limit}
+        recipe = digits_recipe(weights, budget=budget, quantize=section, benchmark=None)
+        compress(recipe, tmp_path / f"run{limit}", reuse=finished)
+        made = read(tmp_path / f"run{limit}", "quantize.json")
+        chosen[limit] = made["chosen"]
+        assert ("against the teacher" in made["reason"]) == (limit is not None)
+    assert chosen == {None: "int8", 5.0: "fp32", 50.0: "int8"}

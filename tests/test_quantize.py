@@ -1,5 +1,7 @@
 """Eight bits as a stage: corrections kept, layers left in FP32, what is measured of the files, and the choice."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,7 +16,7 @@ from quantize_sample import Data, Sequence, steady, trained
 from torch import nn
 
 from causal_compress.deploy import saturation
-from causal_compress.deploy.faster import choose, time_files
+from causal_compress.deploy.faster import choose, chosen_for_size, chosen_within, time_files
 from causal_compress.deploy.onnx import export_onnx
 from causal_compress.deploy.qdq import layers, prepare
 from causal_compress.deploy.quantize import quantize
@@ -22,7 +24,7 @@ from causal_compress.deploy.runtimes import OnnxRuntime
 from causal_compress.deploy.sensitivity import fewest, mean_shifts
 from causal_compress.errors import DataError
 from causal_compress.recipe import QuantizeSection
-from causal_compress.results import Quantized
+from causal_compress.results import Accuracy, Quantized
 
 student, onnx_path = quantize_sample.student, quantize_sample.onnx_path  # fixtures
 
@@ -155,6 +157,22 @@ def test_int8_that_is_slower_is_reported_and_not_chosen(student, onnx_path, tmp_
     assert (faster.chosen, "faster" in faster.reason) == ("int8", True)
 
 
+def accuracy(pct):
+    return Accuracy(pct=pct, n=10_000, low_pct=pct - 1, high_pct=pct + 1)
+
+
+@pytest.fixture
+def chosen_for_speed(student, onnx_path, tmp_path):
+    section = QuantizeSection(families=["cpu"], methods=["minmax"], scored=64, bias_correction="never")
+    made = quantize(student, onnx_path, Data(64), section, tmp_path, timer=steady(1.7, 1.0))
+
+    def with_accuracies(fp32, int8):
+        file = replace(made.files[0], accuracy=accuracy(int8), within_budget=True)
+        return replace(made, fp32=accuracy(fp32), files=(file,))
+
+    return with_accuracies
+
+
 @pytest.mark.parametrize(
     ("speedup", "interval", "within", "chosen", "told"),
     [
@@ -170,6 +188,37 @@ def test_the_choice(speedup, interval, within, chosen, told):
     assert precision == chosen
     assert told in reason
     assert f"{speedup:.2f}x" in reason
+
+
+@pytest.mark.parametrize(
+    ("fp32", "int8", "limit", "chosen", "told"),
+    [
+        (
+            89.7,
+            89.41,
+            0.5,
+            "fp32",
+            "but it loses 0.59 pp against the teacher on validation and FP32 0.30, with 0.5 allowed",
+        ),
+        (89.7, 89.5, 0.5, "int8", "it loses 0.50 pp against the teacher on validation and FP32 0.30, with 0.5 allowed"),
+        (89.4, 89.2, 0.5, "int8", "it loses 0.80 pp against the teacher on validation and FP32 0.60, with 0.5 allowed"),
+        (89.7, 80.0, None, "int8", None),
+    ],
+)
+def test_int8_for_speed_keeps_the_budget_that_fp32_keeps(fp32, int8, limit, chosen, told, chosen_for_speed):
+    made = chosen_for_speed(fp32, int8)
+    judged = chosen_within(made, accuracy(90.0), limit)
+    assert judged.chosen == chosen
+    assert judged.reason == (made.reason if told is None else f"{made.reason}; {told} (budget.max_accuracy_drop)")
+
+
+def test_what_is_not_chosen_for_speed_is_not_asked_how_much_it_loses(chosen_for_speed):
+    slow = replace(chosen_for_speed(89.7, 80.0), chosen="fp32", reason="INT8 is slower")
+    assert chosen_within(slow, accuracy(90.0), 0.5) is slow
+    lossy = chosen_within(chosen_for_speed(89.7, 89.0), accuracy(90.0), 0.5)
+    small = chosen_for_size(lossy, lossy.files[0].size_bytes)
+    assert (lossy.chosen, small.chosen) == ("fp32", "int8")  # the file has no other way to be small enough
+    assert small.reason.startswith("only INT8 is small enough")
 
 
 def test_without_a_file_for_cpus_nothing_is_timed(student, onnx_path, tmp_path):

@@ -14,7 +14,7 @@ from causal_compress.deploy.benchmark import Pair, time_interleaved
 from causal_compress.deploy.runtimes import OnnxRuntime
 from causal_compress.deploy.timing import compare_latencies, speed_verdict
 from causal_compress.recipe import QuantizeSection
-from causal_compress.results import Quantized, QuantizedFile
+from causal_compress.results import Accuracy, Quantized, QuantizedFile
 
 Times = tuple[NDArray[np.float64], NDArray[np.float64]]
 Timer = Callable[[Path, Path, NDArray[np.float32], QuantizeSection], Times]
@@ -46,6 +46,24 @@ def choose(
             f"INT8 is not measurably faster than FP32 on this machine: {told}; its file is smaller, if that counts",
         )
     return "int8", f"INT8 is faster than FP32 on this machine: {told}"
+
+
+def chosen_within(quantized: Quantized, teacher: Accuracy, limit: float | None) -> Quantized:
+    """The same, with FP32 chosen where INT8 is faster but only FP32 keeps the budget on accuracy.
+
+    Args:
+        quantized: The forms, and the choice by speed.
+        teacher: The teacher's accuracy on the same validation inputs.
+        limit: Largest drop of accuracy against the teacher [pp]; None: any.
+    """
+    file = next((file for file in quantized.files if file.family == "cpu"), None)
+    if limit is None or file is None or quantized.chosen == "fp32":
+        return quantized
+    int8, fp32 = (round(teacher.pct - accuracy.pct, 9) for accuracy in (file.accuracy, quantized.fp32))
+    lost = int8 > limit >= fp32
+    told = f"{'but ' if lost else ''}it loses {int8:.2f} pp against the teacher on validation and FP32 {fp32:.2f}"
+    reason = f"{quantized.reason}; {told}, with {limit:g} allowed (budget.max_accuracy_drop)"
+    return replace(quantized, chosen="fp32" if lost else "int8", reason=reason)
 
 
 def chosen_for_size(quantized: Quantized, limit: int | None) -> Quantized:
