@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from causal_compress.deploy.absent import refuse_absent
 from causal_compress.errors import BudgetError
+from causal_compress.planning import recorded
 from causal_compress.recipe import Recipe
-from causal_compress.results import Plan, Scorecard
+from causal_compress.results import Candidates, Plan, RegionInfo, Scorecard
 from causal_compress.runs import Run, open_run
 from causal_compress.searching import settle
-from causal_compress.shrink.search import searches
+from causal_compress.shrink.plan import least_macs
+from causal_compress.shrink.search import first_share, searches
 from causal_compress.stages import (
     check_harm,
     deploy,
@@ -30,6 +34,8 @@ from causal_compress.stages import (
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_OPEN = "the budget leaves the size open"
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,9 @@ def analyze(
 ) -> Plan:
     """Dry run: what would merge and narrow, with predicted MACs, parameters and harm; nothing is trained.
 
+    Where the budget leaves the size open, the plan is for the size that a finished search chose, in this folder or in
+    the one to reuse, else for the size that a search begins with.
+
     Args:
         recipe: What is asked for.
         run_dir: Where the analysis is written; `compress` on the same folder goes on from it.
@@ -94,10 +103,47 @@ def analyze(
         force: Go on with a teacher near chance.
     """
     with _opened(run_dir, recipe, command, reuse) as run:
-        plan = understand(run, recipe, force=force).plan
-    if searches(recipe.budget):
-        logger.info("the budget leaves the size open: half of the MACs are planned for here; compress searches for it")
-    return plan
+        folders = [run.folder] if reuse is None else [run.folder, Path(reuse)]
+        return understand(run, recipe, force=force, settle=partial(_foresee, folders=folders)).plan
+
+
+class _NotFinishedError(Exception):
+    """A stage would have to be computed."""
+
+
+@dataclass(frozen=True)
+class _OnlyFinished:
+    """A run in which no stage is computed, only read from these folders."""
+
+    run: Run
+    folders: Sequence[Path]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.run, name)
+
+    def stage(self, name: str, result_type: type[T], compute: Callable[[Path], T], *, depends: Mapping[str, Any]) -> T:
+        def refuse(_: Path) -> T:
+            raise _NotFinishedError
+
+        if not any(recorded(folder, name, depends) for folder in self.folders):
+            raise _NotFinishedError
+        return self.run.stage(name, result_type, refuse, depends=depends)  # what is recorded may still be damaged
+
+
+def _foresee(
+    run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[RegionInfo], *, folders: Sequence[Path]
+) -> Recipe:
+    """A recipe that leaves the size open, with the one that a search chose or, where none is finished, begins with."""
+    if not searches(recipe.budget):
+        return recipe
+    try:
+        found = settle(cast("Run", _OnlyFinished(run, folders)), recipe, candidates, regions)
+    except _NotFinishedError:
+        share = first_share(least_macs(candidates, recipe.plan, regions))
+        logger.info("%s: here %g of the MACs are planned for, with which the search of compress begins", _OPEN, share)
+        return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
+    logger.info("%s: the search that lies there chose %g of the MACs", _OPEN, found.budget.macs)
+    return found
 
 
 @contextmanager

@@ -96,6 +96,25 @@ def test_a_run_that_cant_be_written_is_refused_before_the_work(run, monkeypatch,
     assert "copy" in caught.value.remedy
 
 
+def test_a_plan_that_is_not_the_students_is_not_bisected(run, monkeypatch):
+    """As an analysis of other data, or of a size left open, could have put it there."""
+    told = json.loads((run / "run.json").read_text())
+    for record in told["stages"]:
+        if record["stage"] == "plan":
+            record["key"] = "of another plan"
+    (run / "run.json").write_text(json.dumps(told))
+    monkeypatch.setattr(afterwards, "reopen", lambda *_: pytest.fail("work was done before"))
+    with pytest.raises(RunFolderError, match="not the plan that its student was made by") as caught:
+        afterwards.bisect_run(run)
+    assert "compress" in caught.value.remedy
+
+
+def test_a_run_of_an_older_version_is_bisected(run, monkeypatch):
+    """Keys hold the version that wrote them, which run.json names."""
+    monkeypatch.setattr("causal_compress.planning.package_version", lambda: "7.0")
+    assert afterwards.bisect_run(run, top=1).undone
+
+
 def test_a_report_that_cant_be_written_names_no_flag_that_isnt_there(run, monkeypatch, capsys):
     def refuse(path, text):
         raise PermissionError(13, "Permission denied", str(path))
