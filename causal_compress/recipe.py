@@ -253,9 +253,10 @@ class BudgetSection(Section):
 class SearchSection(Section):
     """The search for the smallest network where the budget limits the drop of accuracy and no cost."""
 
-    points: Positive = Field(5, description="shares of MACs that are tried at most")
+    points: Positive = Field(5, description="shares of MACs that are recovered briefly at most")
     epochs: NonNegative = Field(2, description="of distillation at each; the first that fails, and the chosen, get all")
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = Field(0.5, description="that it holds; 0.975: aims at PASS")
+    full: Positive = Field(2, description="sizes recovered in full while the limit is looked for; the chosen always is")
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = Field(0.5, description="that it holds; 0.975: half are PASS")
 
 
 class ReportSection(Section):

@@ -53,12 +53,13 @@ class Run:
 
     Attributes:
         folder: Where everything is written.
+        reused: Another run folder, from which stages with the same key are copied; None where none was given.
     """
 
     def __init__(self, folder: Path, provenance: Provenance, reuse: Path | None) -> None:
         self.folder = folder
         self._provenance = provenance
-        self._reuse = reuse
+        self.reused = reuse
         self._reusable = [(reuse, read_provenance(reuse).stages)] if reuse else []
         self._keys: dict[str, str] = {}
 

@@ -15,10 +15,10 @@ from causal_compress.deploy.benchmark import Pair, count_agreement
 from causal_compress.deploy.runtimes import TorchRuntime
 from causal_compress.errors import BudgetError, NumericalError, SurgeryError
 from causal_compress.recipe import DistillSection, Recipe
-from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint
-from causal_compress.runs import Run, open_run
+from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint, TeacherScore
+from causal_compress.runs import Run, open_run, read_result
 from causal_compress.shrink.plan import least_macs
-from causal_compress.shrink.search import search, searches
+from causal_compress.shrink.search import refuse_unsure, search, searches
 from causal_compress.shrink.surgery import Student
 from causal_compress.stages import Understood, recover, shrink_depth, shrink_width, understand
 from causal_compress.understand.statistics import paired_drop
@@ -34,15 +34,16 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
     assert limit is not None
     full = 0 if recipe.distill is None else recipe.distill.epochs
     short = min(recipe.search.epochs, full)
+    refuse_unsure(recipe.search, limit_pp=limit, n=read_result(run.folder, "teacher", TeacherScore).accuracy.n)
     pareto = run.stage(
         "search",
         Pareto,
         lambda _: search(
-            partial(_attempt_or_none, run.folder, recipe, short),
+            partial(_attempt_or_none, run, recipe, short),
             recipe.search,
             limit_pp=limit,
             least=least_macs(candidates, recipe.plan, regions),
-            in_full=partial(_attempt_or_none, run.folder, recipe, full) if full > short else None,
+            in_full=partial(_attempt_or_none, run, recipe, full) if full > short else None,
         ),
         depends={
             "candidates": run.key_of("candidates"),
@@ -54,42 +55,44 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
     )
     run.write_json("pareto.json", pareto)
     share = pareto.points[pareto.chosen].asked_macs
-    for folder in _tried(run.folder, share):
+    for folder in _tried(run, share):
         run.reuse_also(folder)
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
 
 
-def _tried(folder: Path, share: float) -> list[Path]:
-    """Run folders of a size; they share its surgery."""
-    return [path.parent for path in sorted((folder / "points").glob(f"{share:.4f}-*/run.json"))]
+def _tried(run: Run, share: float) -> list[Path]:
+    """Run folders of a size, those of the run that is reused among them; they share its surgery."""
+    folders = [run.folder] if run.reused is None else [run.folder, run.reused]
+    return [path.parent for each in folders for path in sorted((each / "points").glob(f"{share:.4f}-*/run.json"))]
 
 
 def _folder(folder: Path, share: float, epochs: int) -> Path:
     return folder / "points" / f"{share:.4f}-{epochs}"
 
 
-def _attempt_or_none(folder: Path, recipe: Recipe, epochs: int, share: float) -> SearchPoint | None:
+def _attempt_or_none(run: Run, recipe: Recipe, epochs: int, share: float) -> SearchPoint | None:
     try:
-        return attempt(folder, recipe, share, epochs)
+        return attempt(run, recipe, share, epochs)
     except (BudgetError, NumericalError, SurgeryError) as error:
-        logger.warning("search: %.3f of the MACs can't be carried out: %s", share, error.what)
+        why = str(error).replace("\n  ", "; ")  # with its remedy: nobody else names it
+        logger.warning("search: %.3f of the MACs can't be carried out: %s", share, why)
         return None
 
 
-def attempt(folder: Path, recipe: Recipe, share: float, epochs: int) -> SearchPoint:
+def attempt(run: Run, recipe: Recipe, share: float, epochs: int) -> SearchPoint:
     """Compress to a share of the MACs in a run folder of its own, recover, and measure on validation data."""
     start = time.perf_counter()
     distill = None if recipe.distill is None or epochs == 0 else shortened(recipe.distill, epochs)
     budget = recipe.budget.model_copy(update={"macs": share})
     point = recipe.model_copy(update={"budget": budget, "distill": distill})
-    with open_run(_folder(folder, share, epochs), point, command=("search",), reuse=folder) as run:
-        for other in _tried(folder, share):
-            if other != run.folder:
-                run.reuse_also(other)
-        known = understand(run, point, force=True)
-        _, student = shrink_depth(run, point, known)
-        log, student = shrink_width(run, point, known, student)
-        distilled, student = recover(run, point, known, student)
+    with open_run(_folder(run.folder, share, epochs), point, command=("search",), reuse=run.folder) as one:
+        for other in _tried(run, share):
+            if other != one.folder:
+                one.reuse_also(other)
+        known = understand(one, point, force=True)
+        _, student = shrink_depth(one, point, known)
+        log, student = shrink_width(one, point, known, student)
+        distilled, student = recover(one, point, known, student)
         drop, interval, n = validation_drop(known, student)
     return SearchPoint(
         asked_macs=share,

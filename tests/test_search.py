@@ -83,7 +83,7 @@ def test_where_nothing_holds_the_point_that_lost_least_is_kept() -> None:
     found = search(falling(lambda share: 9.0 - 5.0 * share), SearchSection(points=4), limit_pp=1.0, least=0.1)
     assert not found.met
     assert found.chosen == max(range(4), key=lambda index: found.points[index].asked_macs)
-    assert "none of 4 points" in found.reason
+    assert "none of 4 sizes" in found.reason
 
 
 def test_sizes_that_cannot_be_carried_out_count_as_too_small() -> None:
@@ -180,14 +180,6 @@ def test_where_nothing_can_be_told_the_largest_is_kept() -> None:
 def test_shares_have_four_digits_and_a_network_without_macs_can_be_searched() -> None:
     found = search(falling(lambda _: 0.0), SearchSection(points=9), limit_pp=1.0, least=0.0)
     assert all(p.asked_macs == round(p.asked_macs, 4) > 0 for p in found.points)
-
-
-def test_nothing_is_recovered_in_full_where_short_recoveries_hold() -> None:
-    def never(_: float) -> SearchPoint:
-        raise AssertionError
-
-    found = search(falling(lambda _: 0.0), SearchSection(points=3), limit_pp=1.0, least=0.05, in_full=never)
-    assert found.remains is None
 
 
 def test_the_front_leaves_out_what_is_beaten() -> None:

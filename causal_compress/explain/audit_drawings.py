@@ -25,13 +25,15 @@ def pareto(found: Pareto) -> Markup:
     ]
     best = found.points[found.chosen]
     desc = (
-        f"{len(spots)} networks that were tried; the chosen one keeps {formats.share(best.macs)} of the MACs and loses "
-        f"{formats.fixed(best.judged_pp)} points; {formats.fixed(found.limit_pp)} are allowed."
+        f"{formats.count(found.sizes, 'size')} that were tried; the chosen one keeps {formats.share(best.macs)} of the "
+        f"MACs and loses {formats.fixed(best.judged_pp)} points; {formats.fixed(found.limit_pp)} are allowed."
     )
+    if found.in_full:
+        desc += f" {found.in_full} of them were recovered in full."
     if found.remains is not None:
         desc += (
-            f" One of them was recovered in full, which left {formats.share(found.remains)} of its drop; so much is "
-            "expected to be left of the others' drops, which are drawn that much lower than they were measured."
+            f" That left at most {formats.share(found.remains)} of the drop after a short recovery, and the "
+            "drops of the others are drawn where they are expected to end."
         )
     caption = Caption("fig-search", "What the search for the smallest network tried", desc)
     labels = ("MACs kept [% of the teacher]", "Accuracy lost on validation data [points]")

@@ -34,11 +34,12 @@ class SearchPoint:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Pareto:
-    """All points in the order in which they were tried; `front` and `chosen` are positions among them.
+    """All points, size by size in the order in which sizes were tried; `front` and `chosen` are positions among them.
 
-    `met` says whether the chosen point's drop lies within the limit; if none's does, the one that lost least is chosen.
-    `remains` is the share of a short recovery's drop that was left after all epochs, measured at one size; None where
-    none was recovered in full.
+    A size has a point after its short recovery, one after a full one, or both; the last of them counts, and only such
+    are in `front`. `met` says whether the chosen point's drop lies within the limit; if none's does, the one that lost
+    least is chosen. `remains` is the share of a short recovery's drop that was left after all epochs, at the size that
+    healed least; None where none was recovered both ways.
     """
 
     points: tuple[SearchPoint, ...]
@@ -48,3 +49,14 @@ class Pareto:
     limit_pp: float
     reason: str
     remains: float | None = None
+
+    @property
+    def sizes(self) -> int:
+        """How many sizes were tried."""
+        return len({point.asked_macs for point in self.points})
+
+    @property
+    def in_full(self) -> int:
+        """How many of them were recovered in full as well; 0 where a short recovery is all that there was."""
+        fewest = min((point.epochs for point in self.points), default=0)
+        return sum(point.epochs > fewest for point in self.points)
