@@ -238,9 +238,19 @@ def searched(weights: Path, limit: float, **section: float) -> Recipe:
     )
 
 
+@pytest.fixture(scope="module")
+def earlier(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The weights, and a search that is over."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    compress(searched(weights, 3.0), folder)
+    return weights, folder
+
+
+@pytest.mark.parametrize(("limit", "section"), [(3.0, {"points": 3}), (1.0, {})])
 def test_another_search_takes_over_the_recoveries_of_an_earlier_one(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: float, section: dict[str, float], earlier: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    weights, old = earlier
     recoveries: list[int] = []
     recover = stages.distill
 
@@ -249,12 +259,8 @@ def test_another_search_takes_over_the_recoveries_of_an_earlier_one(
         return recover(*given, **named)
 
     monkeypatch.setattr(stages, "distill", counted)
-    compress(searched(weights, 3.0), tmp_path / "first")
-    first = {path.name for path in (tmp_path / "first" / "points").iterdir()}
-    assert len(recoveries) == len(first) >= 3
-    recoveries.clear()
-    compress(searched(weights, 3.0, points=3), tmp_path / "second", reuse=tmp_path / "first")
-    second = {path.name for path in (tmp_path / "second" / "points").iterdir()}
+    compress(searched(weights, limit, **section), tmp_path / "run", reuse=old)
+    first, second = ({path.name for path in (run / "points").iterdir()} for run in (old, tmp_path / "run"))
     assert first & second
     assert len(recoveries) == len(second - first)
 
