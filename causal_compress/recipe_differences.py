@@ -14,11 +14,14 @@ from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
 
 _MAX_SHOWN = 12
+_MEANS = ("device", "threads")  # by what is computed, not what: a run may go on elsewhere, as run.json tells
 _BEFORE = {"distill": {"optimizer": "sgd"}}  # what was done before a key existed, if not what is its default
 
 
 def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
     """Refuse a run folder of another recipe; keys that did not exist when it was made count as what was done then.
+
+    A recipe with another device or number of threads is the same one.
 
     Args:
         folder: The run folder.
@@ -29,6 +32,9 @@ def refuse_another(folder: Path, file: Path, recipe: Recipe) -> None:
         RunFolderError: They differ, or the file can't be read; says where they differ.
     """
     there, here = _read(file), recipe.model_dump(mode="json")
+    for key in _MEANS:
+        if isinstance(there, dict) and key in there:
+            there[key] = here[key]
     if there == here:
         return
     told = list(_differences(there, here)) if isinstance(there, dict) else []

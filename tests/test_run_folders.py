@@ -97,6 +97,19 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_goes_on_with_other_threads_and_another_device(tmp_path):
+    work = Work()
+    run_once(tmp_path, work)
+    elsewhere = RECIPE.model_copy(update={"threads": 7, "device": "cpu"})
+    assert elsewhere != RECIPE
+    with opened(tmp_path, elsewhere):
+        pass
+    assert yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())["threads"] == 7
+    assert read_provenance(tmp_path).recipe_sha256 == recipe_sha256(elsewhere)
+    run_once(tmp_path, work)
+    assert work.calls == 1  # what was finished is kept each time
+
+
 def test_a_folder_in_which_nothing_was_finished_takes_another_recipe(tmp_path):
     mistyped = Recipe.model_validate({"model": {"weights": "nope.pt"}, "seed": 3})
     with pytest.raises(FileNotFoundError), opened(tmp_path, mistyped) as run:
