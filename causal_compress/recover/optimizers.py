@@ -1,4 +1,4 @@
-"""What takes the steps: orthogonalised momentum for weight matrices, stochastic gradient descent for the rest."""
+"""What takes the steps: orthogonalised momentum for weight matrices, gradient descent for the rest, and averages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from causal_compress.recipe import DistillSection
+from causal_compress.recover.schedule import decay_at
 
 _SGD_MOMENTUM = 0.9
 _MATRIX_MOMENTUM = 0.95
@@ -102,6 +103,23 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def averaging(decay: float) -> Callable[..., None]:
+    """What moves averaged weights towards the current ones, for torch's AveragedModel.
+
+    Args:
+        decay: Share of the average that a step keeps, once it has seen enough steps (`decay_at`).
+    """
+
+    @torch.no_grad()
+    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():  # a batch norm counts its batches; there is nothing to average
+            torch._foreach_copy_(list(averaged), list(current))
+        else:
+            torch._foreach_lerp_(list(averaged), list(current), 1.0 - decay_at(int(updates), decay))
+
+    return average
 
 
 def optimizers_of(student: nn.Module, section: DistillSection) -> tuple[torch.optim.Optimizer, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,8 +24,8 @@ from causal_compress.recipe import DistillSection, InterveneSection
 from causal_compress.recover.compiling import compiled, record
 from causal_compress.recover.losses import boundary_loss, kd_loss, label_loss
 from causal_compress.recover.networks import answer, unobserved
-from causal_compress.recover.optimizers import optimizers_of
-from causal_compress.recover.schedule import boundary_share_at, decay_at, learning_rate_at
+from causal_compress.recover.optimizers import averaging, optimizers_of
+from causal_compress.recover.schedule import boundary_share_at, learning_rate_at
 from causal_compress.results import Epoch
 from causal_compress.understand.intervene import intervened
 
@@ -139,7 +139,7 @@ def prepare(course: Course, watched: nn.Module) -> Learner:
     student = place_network(watched.requires_grad_(True), course.device, course.data)
     average = None
     if section.ema > 0:
-        average = AveragedModel(student, multi_avg_fn=_averaging(section.ema), use_buffers=True)
+        average = AveragedModel(student, multi_avg_fn=averaging(section.ema), use_buffers=True)
     parallel, *optimizers = course.accelerator.prepare(student, *optimizers_of(student, section))
     plain = unobserved(student) if parallel is student else parallel
     if course.compiled:
@@ -167,17 +167,6 @@ def _set_training(student: nn.Module, *shared: nn.Module) -> None:
     for network in shared:
         network.train()
     _rest_dropout(student)
-
-
-def _averaging(decay: float) -> Callable[..., None]:
-    @torch.no_grad()
-    def average(averaged: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor | int) -> None:
-        if not averaged[0].is_floating_point():  # a batch norm counts its batches; there is nothing to average
-            torch._foreach_copy_(list(averaged), list(current))
-        else:
-            torch._foreach_lerp_(list(averaged), list(current), 1.0 - decay_at(int(updates), decay))
-
-    return average
 
 
 def train_epoch(course: Course, learner: Learner, index: int) -> Epoch:
