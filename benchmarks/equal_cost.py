@@ -4,9 +4,10 @@ The cost is MACs (--macs) and, where asked for, latency measured on ONNX Runtime
 
 A method makes a student of a Case; everything after that is the same for all. Batch norms are re-estimated on the
 calibration inputs where that lowers the output KL there; all recover by the same distillation; answers on the 10,000
-test images are read once for each student and kept in --work, which makes intervals paired. Rows that are there are not
-measured again, and rows of other seeds, methods or epochs that stand in the results stay there. A method that can't
-reach the MACs has a row that says so.
+test images are read once for each student. Students and answers are kept in --work, which makes intervals paired: what
+is there is neither made nor measured again, so students can be made on one machine (--make) and recover on another that
+has a GPU. Rows of other seeds, methods or epochs that stand in the results stay there; a method that can't reach the
+cost has a row that says so.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from equal_cost_tables import compared, pooled, together
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from causal_compress.deploy.latency import time_models
 from causal_compress.errors import BudgetError
@@ -37,7 +40,7 @@ from causal_compress.pipeline import analyze
 from causal_compress.provenance import machine
 from causal_compress.recipe import BudgetSection, DistillSection, LatencySection, Recipe
 from causal_compress.recipe_file import load_recipe
-from causal_compress.recover.distill import distill
+from causal_compress.recover.distill import distill, resolve_device
 from causal_compress.results import Candidates, Effects, Groups, Plan
 from causal_compress.runs import read_result
 from causal_compress.shipped import find_recipe
@@ -52,7 +55,7 @@ from causal_compress.shrink.surgery import boundaries
 from causal_compress.stages import probe_of
 from causal_compress.understand.cost import count_macs, count_params
 from causal_compress.understand.network import open_network
-from causal_compress.understand.statistics import paired_drop, wilson
+from causal_compress.understand.statistics import wilson
 from causal_compress.understand.trace import Network
 
 HERE = Path(__file__).parent
@@ -63,16 +66,12 @@ Pairs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Case:
-    """The teacher, its data and analysis, for one seed; the recipe's budget is the share of one cost that is kept."""
+class Teacher:
+    """What students learn from, for one seed; the recipe's budget is the share of one cost that is kept."""
 
     recipe: Recipe
     data: Data
     network: Network
-    effects: Effects
-    groups: Groups
-    candidates: Candidates
-    probe: Probe
 
     @property
     def equal(self) -> str:
@@ -86,6 +85,16 @@ class Case:
         kept = budget.macs if budget.latency_ms is None else budget.latency_ms.keep
         assert kept is not None
         return kept
+
+
+@dataclass(frozen=True)
+class Case(Teacher):
+    """A teacher and its analysis: what students are made of."""
+
+    effects: Effects
+    groups: Groups
+    candidates: Candidates
+    probe: Probe
 
     def macs_kept(self, model: nn.Module) -> float:
         """Share of the teacher's MACs."""
@@ -109,8 +118,29 @@ class Case:
 Method = Callable[[Case], tuple[nn.Module, Pairs]]
 
 
-def open_case(given: argparse.Namespace, seed: int) -> Case:
-    """Analyse the teacher with one seed (or read the analysis back), for a budget on MACs."""
+@dataclass(frozen=True)
+class Contest:
+    """One kind of cost for one seed; the analysis is looked at only where a student has to be made."""
+
+    given: argparse.Namespace
+    teacher: Teacher
+    analysed: Callable[[], Case]
+
+    @property
+    def case(self) -> Case:
+        """The analysis, with this contest's budget."""
+        return replace(self.analysed(), recipe=self.teacher.recipe)
+
+    def file(self, name: str, what: str) -> Path:
+        """Where something of a method's student is kept."""
+        plain, settings = name.replace(" ", "-").replace(",", ""), self.given.settings
+        own = f"-{hashlib.sha256(' '.join(settings).encode()).hexdigest()[:8]}" if settings else ""
+        cost, seed = f"{self.teacher.equal}-{self.teacher.limit:g}", self.teacher.recipe.seed
+        return Path(self.given.work / f"{self.given.arch}-{cost}-{plain}-{seed}{own}-{what}")
+
+
+def open_teacher(given: argparse.Namespace, seed: int) -> Teacher:
+    """The teacher and its data, for a budget on MACs."""
     settings = [
         f"model.arch={HERE.parent / 'examples' / 'cifar_resnet.py'}:{given.arch}",
         f"model.weights={given.weights}",
@@ -120,22 +150,31 @@ def open_case(given: argparse.Namespace, seed: int) -> Case:
         *given.settings,
     ]
     recipe = load_recipe(find_recipe("cifar-resnet"), settings)
-    folder = given.work / f"analysis-{given.arch}-{seed}"
+    data = load_data(recipe.data, seed=seed)
+    return Teacher(recipe, data, open_network(recipe, data))
+
+
+def open_case(given: argparse.Namespace, teacher: Teacher) -> Case:
+    """Analyse the teacher, or read its analysis back."""
+    recipe, data = teacher.recipe, teacher.data
+    folder = given.work / f"analysis-{given.arch}-{recipe.seed}"
     # The analysis does not depend on the budget; one for half the MACs serves all.
     analyze(recipe.model_copy(update={"budget": BudgetSection(macs=0.5)}), folder, reuse=given.analysis)
-    data = load_data(recipe.data, seed=seed)
     known = (read_result(folder, "intervene", Effects), read_result(folder, "group", Groups))
     candidates = read_result(folder, "candidates", Candidates)
-    return Case(recipe, data, open_network(recipe, data), *known, candidates, probe_of(recipe, data))
+    return Case(recipe, data, teacher.network, *known, candidates, probe_of(recipe, data))
 
 
-def contests(given: argparse.Namespace, seed: int) -> list[Case]:
+def contests(given: argparse.Namespace, seed: int) -> list[Contest]:
     """The same analysis with a budget on MACs and, where asked for, with one on latency."""
-    case = open_case(given, seed)
-    if given.latency is None:
-        return [case]
-    budget = BudgetSection(latency_ms=LatencySection(keep=given.latency))
-    return [case, replace(case, recipe=case.recipe.model_copy(update={"budget": budget}))]
+    teacher = open_teacher(given, seed)
+    analysed = cache(partial(open_case, given, teacher))
+    found = [Contest(given, teacher, analysed)]
+    if given.latency is not None:
+        budget = BudgetSection(latency_ms=LatencySection(keep=given.latency))
+        timed = replace(teacher, recipe=teacher.recipe.model_copy(update={"budget": budget}))
+        found.append(Contest(given, timed, analysed))
+    return [contest for contest in found if given.only in (None, contest.teacher.equal)]
 
 
 def ours(case: Case) -> tuple[nn.Module, Pairs]:
@@ -182,103 +221,94 @@ def answers(model: nn.Module, split: Split) -> NDArray[np.bool_]:
         return np.concatenate([(model.eval()(x).argmax(1) == y).numpy() for x, y in split.batches(250)])
 
 
-def measure(case: Case, name: str, method: Method, epochs: int) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-    """Make a student, let it recover, and read the test split."""
+@dataclass(frozen=True)
+class Made:
+    """A student before recovery: None where the cost is out of reach; the pairs are what distillation compares."""
+
+    model: nn.Module | None
+    pairs: Pairs
+    about: dict[str, Any]
+
+
+def student_of(contest: Contest, name: str, method: Method) -> Made:
+    """A method's student, from --work if it is there."""
+    file = contest.file(name, "student.pt")
+    if not file.exists():
+        write_student(make(contest.case, name, method), file)
+    return read_student(file)
+
+
+def write_student(made: Made, file: Path) -> None:
+    """Keep a student whole, with the names of its graph's nodes: one that is read back is traced anew."""
+    nodes = [node.name for node in made.model.graph.nodes] if isinstance(made.model, fx.GraphModule) else []
+    content = io.BytesIO()
+    torch.save({"model": made.model, "nodes": nodes, "pairs": made.pairs, "about": made.about}, content)
+    atomic_write_bytes(file, content.getvalue())
+
+
+def read_student(file: Path) -> Made:
+    """A student that `write_student` kept; whole models are pickled, so only files of one's own may be read."""
+    kept = torch.load(file, weights_only=False)
+    if isinstance(kept["model"], fx.GraphModule):
+        for node, known in zip(kept["model"].graph.nodes, kept["nodes"], strict=True):
+            node.name = known
+        kept["model"].recompile()
+    return Made(kept["model"], kept["pairs"], kept["about"])
+
+
+def make(case: Case, name: str, method: Method) -> Made:
+    """Make a student, and repair its batch norms."""
     torch.manual_seed(case.recipe.seed)
-    model, pairs = method(case)
-    model = model if name == SCRATCH else repaired(case, model)
-    if epochs:
-        section = (case.recipe.distill or DistillSection()).model_copy(update={"epochs": epochs})
-        if name == SCRATCH:
-            section = section.model_copy(update={"optimizer": "sgd", "learning_rate": SCRATCH_RATE})
-        teacher = case.network.graph
-        model, _ = distill(
-            model, teacher, pairs, case.data, section, seed=case.recipe.seed, device="cpu", progress_dir=None
+    cpu = machine()["cpu"]
+    try:
+        model, pairs = method(case)
+    except BudgetError as error:
+        return Made(
+            None, [], {**dict.fromkeys(("macs_kept", "params", "latency_kept")), "why_none": error.what, "cpu": cpu}
         )
+    model = model if name == SCRATCH else repaired(case, model)
     about: dict[str, Any] = {"macs_kept": round(case.macs_kept(model), 4), "params": count_params(model)}
     about["latency_kept"] = round(case.cost(model), 4) if case.equal == "latency" else None
-    return answers(model, case.data.test), about
+    return Made(model, pairs, {**about, "why_none": None, "cpu": cpu})
 
 
-def row_of(given: argparse.Namespace, case: Case, name: str, method: Method, epochs: int) -> dict[str, Any]:
-    """One row, from --work if it is there; "hits" holds every single answer, None where there is no student."""
-    stem = _stem(given, case, name, epochs)
-    hits_file, about_file = given.work / f"{stem}.npy", given.work / f"{stem}.json"
-    row = {"arch": given.arch, "equal": case.equal, "method": name, "recovery_epochs": epochs}
-    if not about_file.exists():
-        try:
-            hits, about = measure(case, name, method, epochs)
-        except BudgetError as error:
-            missing = dict.fromkeys(("macs_kept", "params", "latency_kept", "accuracy_pct", "n"))
-            return {**row, **missing, "why_none": error.what, "hits": None}
-        with (given.work / f"{stem}.tmp").open("wb") as file:
-            np.save(file, hits)
-        atomic_write_bytes(hits_file, (given.work / f"{stem}.tmp").read_bytes())
-        (given.work / f"{stem}.tmp").unlink()
-        atomic_write_text(about_file, json.dumps(about))
-    hits = np.load(hits_file)
-    about = json.loads(about_file.read_text(encoding="utf-8"))
+def answered(contest: Contest, name: str, made: Made, epochs: int) -> tuple[NDArray[np.bool_], str | None]:
+    """Which test inputs a student gets right after recovery, and where it recovered; from --work if they are there."""
+    hits_file, place_file = (contest.file(name, f"{epochs}{ending}") for ending in (".npy", ".json"))
+    if not place_file.exists():
+        model, place = recovered(contest.teacher, name, made, epochs)
+        content = io.BytesIO()
+        np.save(content, answers(model, contest.teacher.data.test))
+        atomic_write_bytes(hits_file, content.getvalue())
+        atomic_write_text(place_file, json.dumps(place))
+    return np.load(hits_file), json.loads(place_file.read_text(encoding="utf-8"))
+
+
+def recovered(teacher: Teacher, name: str, made: Made, epochs: int) -> tuple[nn.Module, str | None]:
+    """The student after so many epochs, and the name of what it was trained on."""
+    assert made.model is not None
+    if not epochs:
+        return made.model, None
+    recipe = teacher.recipe
+    section = (recipe.distill or DistillSection()).model_copy(update={"epochs": epochs})
+    if name == SCRATCH:
+        section = section.model_copy(update={"optimizer": "sgd", "learning_rate": SCRATCH_RATE})
+    device = resolve_device(recipe.device)
+    how: dict[str, Any] = {"seed": recipe.seed, "device": device, "progress_dir": None}
+    model, _ = distill(made.model, teacher.network.graph, made.pairs, teacher.data, section, **how)
+    return model, torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()["cpu"]
+
+
+def row_of(contest: Contest, name: str, method: Method, epochs: int) -> dict[str, Any]:
+    """One row; "hits" holds every single answer, None where there is no student."""
+    made = student_of(contest, name, method)
+    row = {"arch": contest.given.arch, "equal": contest.teacher.equal, "method": name, "recovery_epochs": epochs}
+    row |= {"seed": contest.teacher.recipe.seed, **made.about}
+    if made.model is None:
+        return {**row, "accuracy_pct": None, "n": None, "recovered_on": None, "hits": None}
+    hits, place = answered(contest, name, made, epochs)
     accuracy = wilson(int(hits.sum()), len(hits)).pct
-    return {**row, **about, "accuracy_pct": accuracy, "n": len(hits), "why_none": None, "hits": hits}
-
-
-def _stem(given: argparse.Namespace, case: Case, name: str, epochs: int) -> str:
-    plain = name.replace(" ", "-").replace(",", "")
-    own = f"-{hashlib.sha256(' '.join(given.settings).encode()).hexdigest()[:8]}" if given.settings else ""
-    return f"{given.arch}-{case.equal}-{case.limit:g}-{plain}-{epochs}-{case.recipe.seed}{own}"
-
-
-def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One seed's rows with their paired distance from ours [pp] instead of every single answer."""
-    best = {_contest(row): row["hits"] for row in rows if row["method"] == "ours"}
-    shown = [{key: value for key, value in row.items() if key != "hits"} for row in rows]
-    return [{**kept, **_behind(row, best.get(_contest(row)))} for kept, row in zip(shown, rows, strict=True)]
-
-
-def _contest(row: dict[str, Any]) -> tuple[str, int]:
-    """Students are compared with those of the same kind of cost and the same recovery."""
-    return row["equal"], row["recovery_epochs"]
-
-
-def _behind(row: dict[str, Any], best: NDArray[np.bool_] | None) -> dict[str, Any]:
-    hits, drop, interval = row["hits"], None, None
-    if best is not None and hits is not None and row["method"] != "ours":
-        drop, interval = paired_drop(int((best & ~hits).sum()), int((hits & ~best).sum()), len(hits))
-    return {"behind_ours_pp": drop, "behind_ours_ci_pp": interval}
-
-
-def pooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method over all its seeds: mean accuracy, and its mean distance from ours, paired by seed and test image.
-
-    Seeds share their test images, so an image counts once: with the mean over seeds of what was right on it. Intervals
-    (normal, 95 %) say what chance of test images does; what chance of seeds does stands in the single rows.
-    """
-    kinds: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        if row["hits"] is not None:
-            kinds.setdefault((row["method"], *_contest(row)), {})[row["seed"]] = row
-    done = []
-    for (method, *_), same in kinds.items():
-        first, seeds = next(iter(same.values())), list(same)
-        means = {
-            key: round(float(np.mean([row[key] for row in same.values()])), 4) for key in ("accuracy_pct", "macs_kept")
-        }
-        best = kinds.get(("ours", first["equal"], first["recovery_epochs"]), {})
-        distance = None
-        if method != "ours" and set(seeds) <= set(best):
-            rows_of = np.mean([best[seed]["hits"].astype(float) - same[seed]["hits"] for seed in seeds], axis=0)
-            mean, half = float(100 * rows_of.mean()), float(196 * rows_of.std(ddof=1) / len(rows_of) ** 0.5)
-            distance = [mean, mean - half, mean + half]
-        done.append(
-            {
-                **{key: first[key] for key in ("arch", "equal", "method", "recovery_epochs")},
-                **means,
-                "seeds": len(seeds),
-                "behind_ours_pp": distance and distance[0],
-                "behind_ours_ci_pp": distance and distance[1:],
-            }
-        )
-    return done
+    return {**row, "accuracy_pct": accuracy, "n": len(hits), "recovered_on": place, "hits": hits}
 
 
 def run(methods: Mapping[str, Method], description: str | None, script: str) -> None:
@@ -296,11 +326,13 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     parser.add_argument("--work", type=Path, required=True, help="analyses and answers are kept here")
     parser.add_argument("--macs", type=float, default=0.5, help="share that is kept; another one wants another --out")
     parser.add_argument("--latency", type=float, help="beside it: share of the measured latency that is kept")
+    parser.add_argument("--only", choices=["macs", "latency"], help="one of both costs")
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of recovery")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(methods), metavar="NAME")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="further recipe keys")
     parser.add_argument("--analysis", type=Path, help="a run folder whose analysis is taken over where it is the same")
+    parser.add_argument("--make", action="store_true", help="only make the students that are not in --work")
     parser.add_argument("--kept", action="store_true", help="only the rows that are in --work already")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{script}.json")
     given = parser.parse_args()
@@ -310,33 +342,14 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
     before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     rows: list[dict[str, Any]] = []
     for seed in given.seeds:
-        for case, epochs, name in product(contests(given, seed), given.epochs, given.methods):
-            there = (given.work / f"{_stem(given, case, name, epochs)}.json").exists()
-            if (there or not given.kept) and (epochs or name != SCRATCH):
-                rows.append({**row_of(given, case, name, methods[name], epochs), "seed": seed})
+        for contest, epochs, name in product(contests(given, seed), given.epochs, given.methods):
+            if given.make:
+                print(name, student_of(contest, name, methods[name]).about, flush=True)
+            elif (contest.file(name, f"{epochs}.json").exists() or not given.kept) and (epochs or name != SCRATCH):
+                rows.append(row_of(contest, name, methods[name], epochs))
                 print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
+        if given.make:
+            continue
         single = [row for one in given.seeds for row in compared([row for row in rows if row["seed"] == one])]
         result = {**content, **together(before, single, pooled(rows))}
         atomic_write_text(given.out, json.dumps(result, indent=1) + "\n")
-
-
-def together(
-    before: Mapping[str, list[dict[str, Any]]], single: list[dict[str, Any]], over_seeds: list[dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows and means, and those of earlier runs beside them; a mean gives way to one of as many seeds."""
-    kept = {_name(row): row for row in map(_known_kind, before.get("rows", []))}
-    kept |= {_name(row): {**row, "cpu": machine()["cpu"]} for row in single}
-    means = {_name(row): row for row in map(_known_kind, before.get("over_seeds", []))}
-    means |= {_name(row): row for row in over_seeds if row["seeds"] >= means.get(_name(row), {"seeds": 0})["seeds"]}
-    return {"rows": sorted(kept.values(), key=_name), "over_seeds": sorted(means.values(), key=_name)}
-
-
-def _known_kind(row: dict[str, Any]) -> dict[str, Any]:
-    """A row from before latency could be what is equal."""
-    return row if "equal" in row else {"arch": row["arch"], "equal": "macs", **row}
-
-
-def _name(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is of; ours first among its like."""
-    method = row["method"]
-    return row["arch"], row["equal"] != "macs", row["recovery_epochs"], row.get("seed"), method != "ours", method

@@ -35,7 +35,7 @@ from causal_compress.inputs.data import Split
 from causal_compress.provenance import machine
 from causal_compress.recipe import Recipe
 from causal_compress.recover import training
-from causal_compress.recover.distill import distill
+from causal_compress.recover.distill import distill, resolve_device
 from causal_compress.runs import open_run
 from causal_compress.searching import shortened
 from causal_compress.shrink.surgery import Student, boundaries, save_weights
@@ -45,6 +45,7 @@ from causal_compress.understand.statistics import paired_drop
 HERE = Path(__file__).parent
 SHIPPED = "as shipped"
 TEMPERATURE = 4.0
+PLACE = "recovered_on.txt"
 
 
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -147,9 +148,12 @@ def taught(case: Case, variant: Variant, epochs: int, folder: Path, shipped: Pat
         other.load_state_dict(load_file(shipped / "student.safetensors"))
         teacher = Committee([network.graph, other]).eval()
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = {"seed": case.recipe.seed, "device": "cpu", "progress_dir": folder}
+    device = resolve_device(case.recipe.device)
+    arguments = {"seed": case.recipe.seed, "device": device, "progress_dir": folder}
     with variant.changed():
         trained, _ = distill(case.student.graph, teacher, pairs, case.known.data, section, **arguments)
+    place = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()["cpu"]
+    atomic_write_text(folder / PLACE, place)
     save_weights(trained, folder / "partial.safetensors")
     (folder / "partial.safetensors").replace(weights)
     return trained
@@ -189,13 +193,14 @@ def rows_of(given: argparse.Namespace, case: Case, epochs: int) -> Iterator[dict
             "gain_ci_pp": None if name == SHIPPED else interval,
             "cross_entropy_nats": round(entropy, 4),
             "output_kl_nats": round(divergence, 5),
-            "cpu": machine()["cpu"],
+            "recovered_on": (folders[0] / PLACE).read_text(encoding="utf-8"),
         }
 
 
 def together(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """New rows, and those of before that they don't replace."""
-    kept = {_name(row): row for row in [*before, *rows]}
+    """New rows, and those of before that they don't replace (their place once had another name)."""
+    old = [{"recovered_on" if key == "cpu" else key: value for key, value in row.items()} for row in before]
+    kept = {_name(row): row for row in [*old, *rows]}
     order = list(VARIANTS)
     return sorted(kept.values(), key=lambda row: (row["epochs"], row["seed"], order.index(row["variant"])))
 

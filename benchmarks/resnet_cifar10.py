@@ -51,6 +51,7 @@ def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, An
         "onnxruntime_speedup_ci": timed[0]["speedup_ci"] if timed else None,
         "epochs": epochs,
         "minutes": round(_seconds(folder) / 60, 1),
+        "recovered_on": read_result(folder, "distill", Distilled).device,
         "seed": seed,
         "cpu": machine()["cpu"],
     }
@@ -58,7 +59,7 @@ def row_of(folder: Path, removed: float, epochs: int, seed: int) -> dict[str, An
 
 def together(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """New rows, and those of before that they don't replace, by size; all have the keys of the newest."""
-    kept = {_name(row): row for row in [*before, *rows]}
+    kept = {_name(row): row for row in [*({"recovered_on": "cpu", **row} for row in before), *rows]}
     keys = [key for row in rows[-1:] for key in row]
     return [{**dict.fromkeys(keys), **kept[name]} for name in sorted(kept)]
 

@@ -1,5 +1,6 @@
 """One student however it is trained: compiled, without boundaries once they don't count, resumed, by two processes."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, student: 
         run(student, teacher, section(compile=True))
     monkeypatch.setattr(compiling, "_WORTHWHILE_STEPS", 1)
     assert not run(student, teacher, section(compile="auto"))[1].compiled
+
+
+def test_compiling_for_the_cpu_does_not_warn_of_absent_gpus(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiling_says(network: Any) -> Any:
+        logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found, using CUDA_HOME='/usr'")
+        return network
+
+    monkeypatch.setattr(torch, "compile", compiling_says)
+    assert compiling._fault.__wrapped__("cpu") is None
+    assert not caplog.records
+    compiling_says(None)
+    assert len(caplog.records) == 1  # others are still warned
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

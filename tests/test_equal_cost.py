@@ -1,14 +1,22 @@
-"""Tables of several runs put together (benchmarks/equal_cost.py): which rows stay, and which means."""
+"""Students at equal cost (benchmarks/equal_cost.py): how they are kept, which rows of several runs stay together."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import fx, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts are no package
 
-from equal_cost import together
+import equal_cost
+from equal_cost import Contest, Made, Teacher, student_of
+from equal_cost_tables import together
 
 
 def row(method: str, seed: int, accuracy: float, epochs: int = 15) -> dict[str, Any]:
@@ -36,7 +44,6 @@ def test_rows_of_other_runs_stay_and_those_of_the_same_student_are_replaced() ->
         (15, 0, "random", 89.5),
         (15, 1, "random", 89.0),
     ]
-    assert ["cpu" in r for r in found] == [False, False, True, True]  # only of what was measured here
 
 
 def test_a_mean_gives_way_to_one_of_as_many_seeds_only() -> None:
@@ -63,3 +70,45 @@ def test_rows_from_before_latency_could_be_equal_are_of_equal_macs() -> None:
         ("macs", 0, 88.0),
         ("macs", 15, 91.0),
     ]
+
+
+def contest(work: Path, settings: list[str]) -> Contest:
+    given = argparse.Namespace(work=work, arch="resnet20", settings=settings)
+    teacher = SimpleNamespace(equal="macs", limit=0.5, recipe=SimpleNamespace(seed=3))
+    return Contest(given, cast(Teacher, teacher), cast(Any, lambda: SimpleNamespace(recipe=None)))
+
+
+@pytest.fixture
+def makings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the methods that made a student; each makes a graph that calls its nodes as a tracer would not."""
+    names: list[str] = []
+
+    def make(case: Any, name: str, method: Any) -> Made:
+        names.append(name)
+        graph = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+        for node in graph.graph.nodes:
+            node.name = f"own_{node.name}"
+        graph.recompile()
+        return Made(graph, [("own__1", "theirs")], {"params": 23})
+
+    monkeypatch.setattr(equal_cost, "make", make)
+    monkeypatch.setattr(equal_cost, "replace", lambda case, **changes: case)
+    return names
+
+
+def test_a_student_read_back_answers_alike_and_calls_its_nodes_as_before(tmp_path: Path, makings: list[str]) -> None:
+    first = student_of(contest(tmp_path, []), "ours", cast(Any, None))
+    again = student_of(contest(tmp_path, []), "ours", cast(Any, None))
+    assert makings == ["ours"]
+    assert isinstance(again.model, fx.GraphModule)
+    assert "own__1" in [node.name for node in again.model.graph.nodes]
+    assert (again.pairs, again.about) == ([("own__1", "theirs")], {"params": 23})
+    x = torch.randn(5, 4)
+    assert first.model is not None
+    assert torch.equal(first.model(x), again.model(x))
+
+
+def test_students_of_other_settings_and_methods_are_others(tmp_path: Path, makings: list[str]) -> None:
+    for settings, name in (([], "ours"), (["plan.low_rank=false"], "ours"), ([], "no refit"), ([], "ours")):
+        student_of(contest(tmp_path, settings), name, cast(Any, None))
+    assert makings == ["ours", "ours", "no refit"]

@@ -54,12 +54,17 @@ def is_compiled(section: DistillSection, *, steps: int, device: torch.device, pr
 @functools.cache
 def _fault(device: str) -> str | None:
     """What goes wrong when something small is compiled, or None."""
+    about_gpus = logging.getLogger("torch.utils.cpp_extension")  # warns of no CUDA runtime, whatever is compiled
+    level = about_gpus.level
+    about_gpus.setLevel(logging.ERROR if device == "cpu" else level)
     try:
         torch.compile(_small)(torch.ones(64, device=device))
     except Exception as error:  # whatever a toolchain can raise; the first line says what
         fault = str(error).strip().partition("\n")[0] or type(error).__name__
         logger.info("distill: training is not compiled (%s)", fault)
         return fault
+    finally:
+        about_gpus.setLevel(level)
     return None
 
 
