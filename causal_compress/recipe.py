@@ -55,9 +55,7 @@ class ModelSection(Section):
         None, description="torchvision:NAME, timm:NAME, FILE.py:CALLABLE or PACKAGE.MODULE:CALLABLE"
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the architecture")
-    weights: str | None = Field(
-        None, description=".pt, .pth, .th or .safetensors file; null: the callable's own weights"
-    )
+    weights: str | None = Field(None, description=".pt, .pth, .th or .safetensors file; null: the callable's own")
 
 
 class NormalizeSection(Section):
@@ -72,6 +70,8 @@ class AugmentSection(Section):
 
     crop_padding: NonNegative = Field(0, description="random crop after zero-padding by so many pixels")
     horizontal_flip: bool = False
+    rotation: float = Field(0.0, ge=0, le=180, description="random rotation by up to so many degrees, both ways")
+    zoom: float = Field(1.0, ge=1, le=4, description="random enlargement or reduction by up to this factor")
 
 
 class DataSection(Section):

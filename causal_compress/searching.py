@@ -14,6 +14,7 @@ import torch
 from causal_compress.deploy.benchmark import Pair, count_agreement
 from causal_compress.deploy.runtimes import TorchRuntime
 from causal_compress.errors import BudgetError, NumericalError, SurgeryError
+from causal_compress.inputs.data import augmentation
 from causal_compress.recipe import DistillSection, Recipe
 from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint, TeacherScore
 from causal_compress.runs import Run, open_run, read_result
@@ -50,7 +51,7 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
             "group": run.key_of("group"),
             "limit": limit,
             **{name: getattr(recipe, name) for name in ("search", "plan", "rewrite", "prune", "distill")},
-            "augment": recipe.data.augment,
+            "augment": augmentation(recipe.data.augment),
         },
     )
     run.write_json("pareto.json", pareto)

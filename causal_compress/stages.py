@@ -26,7 +26,7 @@ from causal_compress.explain.examples import Examples, find_disagreements
 from causal_compress.explain.report import ReportInput, audited_later, bisected, build_report, report_json
 from causal_compress.files import sha256_of_json
 from causal_compress.inputs.callables import callable_sha256
-from causal_compress.inputs.data import Data, load_data
+from causal_compress.inputs.data import Data, augmentation, load_data
 from causal_compress.inputs.models import checkpoint_sha256
 from causal_compress.planning import decide
 from causal_compress.provenance import place
@@ -254,7 +254,7 @@ def recover(run: Run, recipe: Recipe, known: Understood, student: Student) -> tu
         save_weights(trained.cpu(), scratch / "distill.safetensors")
         return distilled
 
-    depends = {"prune": run.key_of("prune"), "distill": section, "augment": recipe.data.augment}
+    depends = {"prune": run.key_of("prune"), "distill": section, "augment": augmentation(recipe.data.augment)}
     distilled = run.stage("distill", Distilled, work, depends=depends)
     return distilled, read_student(run, known, student.surgery, "distill.safetensors")
 

@@ -13,6 +13,7 @@ from data_sample import fault, images, load, npz, splits, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from causal_compress.inputs.data import augmentation
 from causal_compress.recipe import AugmentSection, NormalizeSection
 
 
@@ -203,6 +204,36 @@ def test_augmentation_crops_and_flips_and_follows_the_seed(tmp_path: Path) -> No
         assert matches
         seen.add(matches[0])
     assert len(seen) > 15
+
+
+@pytest.mark.parametrize(("height", "width"), [(41, 41), (31, 61)])
+def test_images_are_turned_and_zoomed_about_their_centre(tmp_path: Path, height: int, width: int) -> None:
+    x = np.zeros((300, height, width), np.uint8)
+    x[:, height // 2 - 7 : height // 2 - 4, width // 2 + 5 : width // 2 + 8] = 255  # a dot to the upper right
+    y = np.arange(300) % 3
+    data = load(npz(tmp_path, x_train=x, y_train=y, x_test=x, y_test=y), augment=AugmentSection(rotation=30, zoom=1.25))
+    turned, _ = next(data.test.batches(300, shuffle_seed=1, augment=True))
+    again, _ = next(data.test.batches(300, shuffle_seed=1, augment=True))
+    assert torch.equal(turned, again)
+    light = turned[:, 0] / turned.sum((1, 2, 3))[:, None, None]
+    rightwards = (light.sum(1) * (torch.arange(width) - width // 2)).sum(1)
+    upwards = (light.sum(2) * (height // 2 - torch.arange(height))).sum(1)
+    angles = torch.rad2deg(torch.atan2(upwards, rightwards)) - 45
+    sizes = torch.hypot(upwards, rightwards) / 72**0.5
+    assert -31 < angles.min() < -27
+    assert 27 < angles.max() < 31
+    assert 0.78 < sizes.min() < 0.83
+    assert 1.21 < sizes.max() < 1.27
+    assert abs(angles.mean()) < 3
+    assert abs(sizes.log().mean()) < 0.03
+
+
+def test_augmentations_of_later_versions_count_where_they_are_used(tmp_path: Path) -> None:
+    assert augmentation(AugmentSection()) == {"crop_padding": 0, "horizontal_flip": False}
+    assert augmentation(AugmentSection(zoom=1.2)) == {"crop_padding": 0, "horizontal_flip": False, "zoom": 1.2}
+    x, y = images()
+    source = npz(tmp_path, x=x, y=y)
+    assert load(source, augment=AugmentSection(rotation=5)).fingerprint != load(source).fingerprint
 
 
 def test_reading_a_split_keeps_no_float_copy(tmp_path: Path) -> None:

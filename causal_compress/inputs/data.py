@@ -19,13 +19,14 @@ from causal_compress.inputs.arrays import Labels, Source
 from causal_compress.inputs.images import ImageArray, ImageItems, ImageRows, Preparation
 from causal_compress.inputs.sources import open_source
 from causal_compress.inputs.tables import Encoding, TableRows, encode, fit_encoding
-from causal_compress.recipe import DataSection
+from causal_compress.recipe import AugmentSection, DataSection
 
 log = logging.getLogger(__name__)
 
 _MEAN_BATCH = 256
 _MIN_POOL = 4
 _MIN_TRAIN = 2
+_LATER = ("rotation", "zoom")
 
 Positions = NDArray[np.int64]
 Rows = ImageRows | TableRows
@@ -315,6 +316,8 @@ def _preparation(store: ImageArray | ImageItems, section: DataSection) -> Prepar
         std=tuple(std) if std is not None else None,
         crop_padding=section.augment.crop_padding,
         horizontal_flip=section.augment.horizontal_flip,
+        rotation=section.augment.rotation,
+        zoom=section.augment.zoom,
     )
 
 
@@ -329,6 +332,15 @@ def _features(rows: Rows, encoding: Encoding | None, calibration: Split) -> Feat
     return Features("table", encoding.names, encoding.columns, torch.from_numpy(encoding.zero()), mean, categories)
 
 
+def augmentation(section: AugmentSection) -> dict[str, Any]:
+    """The section as stages depend on it; a key that came later counts only where it is used: older folders go on."""
+    return section.model_dump(exclude=_unused(section))
+
+
+def _unused(section: AugmentSection) -> set[str]:
+    return {key for key in _LATER if getattr(section, key) == AugmentSection.model_fields[key].default}
+
+
 def _fingerprint(source: Source, section: DataSection, parts: _Parts, pool: Rows, test: Rows) -> str:
     digest = hashlib.sha256()
     pool.digest(digest.update)
@@ -341,6 +353,7 @@ def _fingerprint(source: Source, section: DataSection, parts: _Parts, pool: Rows
         digest.update(positions.astype(np.int64).tobytes())
     digest.update("\0".join(source.classes).encode())
     # the contents count, not where they lie
-    unsaid = {"source", "test_source"} | ({"validation_from"} if section.validation_from == "train" else set())
+    unsaid: dict[str, Any] = {"source": True, "test_source": True, "augment": _unused(section.augment)}
+    unsaid |= {"validation_from": True} if section.validation_from == "train" else {}
     digest.update(section.model_dump_json(exclude=unsaid).encode())
     return digest.hexdigest()

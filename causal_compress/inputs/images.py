@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -129,6 +130,8 @@ class Preparation:
     std: tuple[float, ...] | None
     crop_padding: int
     horizontal_flip: bool
+    rotation: float = 0.0
+    zoom: float = 1.0
 
     @property
     def copied_channels(self) -> int:
@@ -141,6 +144,8 @@ class Preparation:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
             x = _resize(_unit(x), self.size)
+        if generator is not None and (self.rotation or self.zoom > 1):
+            x = _random_warp(_unit(x), self.rotation, self.zoom, generator)
         if generator is not None and self.crop_padding:
             x = _random_crop(x, self.crop_padding, generator)
         if generator is not None and self.horizontal_flip:
@@ -197,6 +202,19 @@ def _random_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     windows = F.pad(x, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
     return windows[torch.arange(n), :, top, left]
+
+
+def _random_warp(x: Tensor, rotation: float, zoom: float, generator: torch.Generator) -> Tensor:
+    """Turn each image about its centre by up to so many degrees and zoom it by up to a factor; zeros beyond its edges.
+
+    Angles are uniform, zooms uniform in their logarithm.
+    """
+    n, _, height, width = x.shape
+    turn, power = 2 * torch.rand(2, n, generator=generator) - 1
+    angle, size = turn * math.radians(rotation), zoom**power
+    cos, sin, none = angle.cos() / size, angle.sin() / size, torch.zeros(n)
+    sources = torch.stack([cos, -sin * height / width, none, sin * width / height, cos, none], 1).view(n, 2, 3)
+    return F.grid_sample(x, F.affine_grid(sources, list(x.shape), align_corners=False), align_corners=False)
 
 
 def image_array(values: NDArray[Any], name: str) -> ImageArray:
