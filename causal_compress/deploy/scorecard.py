@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from causal_compress.deploy.timing import speed_verdict
+from causal_compress.deploy.timing import MARGIN, speed_verdict
 from causal_compress.recipe import BudgetSection, LatencySection
 from causal_compress.results import Scorecard, ScoreRow, TeacherScore, Verdict
 from causal_compress.understand.statistics import wilson
@@ -205,7 +205,8 @@ def _speed_notes(student: ScoreRow) -> Iterator[str]:
     where = _where(student)
     told = speed_verdict(low, high)
     if told == "no difference":
-        yield f"{where}: no difference in latency: {student.speedup:.2f}x lies within the noise ({interval})"
+        margin = f"what may be within {100 * MARGIN:g} % counts as none"
+        yield f"{where}: no difference in latency: {student.speedup:.2f}x ({interval}; {margin})"
     elif told == "slower":
         yield f"{where}: the student is slower than the teacher: {student.speedup:.2f}x ({interval})"
 
