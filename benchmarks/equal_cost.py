@@ -239,11 +239,24 @@ def student_of(contest: Contest, name: str, method: Method) -> Made:
 
 
 def write_student(made: Made, file: Path) -> None:
-    """Keep a student whole, with the names of its graph's nodes: one that is read back is traced anew."""
-    nodes = [node.name for node in made.model.graph.nodes] if isinstance(made.model, fx.GraphModule) else []
+    """Keep a student as a graph, which needs no class of the user's, with the names of its nodes (read, it is traced)."""
+    graph = (
+        made.model if made.model is None or isinstance(made.model, fx.GraphModule) else fx.symbolic_trace(made.model)
+    )
+    nodes = [] if graph is None else [node.name for node in graph.graph.nodes]
     content = io.BytesIO()
-    torch.save({"model": made.model, "nodes": nodes, "pairs": made.pairs, "about": made.about}, content)
+    torch.save({"graph": graph, "nodes": nodes, "pairs": made.pairs, "about": made.about}, content)
     atomic_write_bytes(file, content.getvalue())
+
+
+def read_student(file: Path) -> Made:
+    """A student that `write_student` kept; graphs are pickled, so only files of one's own may be read."""
+    kept = torch.load(file, weights_only=False)
+    if kept["graph"] is not None:
+        for node, known in zip(kept["graph"].graph.nodes, kept["nodes"], strict=True):
+            node.name = known
+        kept["graph"].recompile()
+    return Made(kept["graph"], kept["pairs"], kept["about"])
 
 
 def read_student(file: Path) -> Made:
