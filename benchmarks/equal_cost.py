@@ -239,10 +239,10 @@ def student_of(contest: Contest, name: str, method: Method) -> Made:
 
 
 def write_student(made: Made, file: Path) -> None:
-    """Keep a student as a graph, which needs no class of the user's, with the names of its nodes (read, it is traced)."""
-    graph = (
-        made.model if made.model is None or isinstance(made.model, fx.GraphModule) else fx.symbolic_trace(made.model)
-    )
+    """Keep a student as a graph, which needs no class of the user's, and its nodes' names: read back, it is traced."""
+    graph = made.model
+    if graph is not None and not isinstance(graph, fx.GraphModule):
+        graph = fx.symbolic_trace(graph)
     nodes = [] if graph is None else [node.name for node in graph.graph.nodes]
     content = io.BytesIO()
     torch.save({"graph": graph, "nodes": nodes, "pairs": made.pairs, "about": made.about}, content)
