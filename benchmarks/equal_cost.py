@@ -259,16 +259,6 @@ def read_student(file: Path) -> Made:
     return Made(kept["graph"], kept["pairs"], kept["about"])
 
 
-def read_student(file: Path) -> Made:
-    """A student that `write_student` kept; whole models are pickled, so only files of one's own may be read."""
-    kept = torch.load(file, weights_only=False)
-    if isinstance(kept["model"], fx.GraphModule):
-        for node, known in zip(kept["model"].graph.nodes, kept["nodes"], strict=True):
-            node.name = known
-        kept["model"].recompile()
-    return Made(kept["model"], kept["pairs"], kept["about"])
-
-
 def make(case: Case, name: str, method: Method) -> Made:
     """Make a student, and repair its batch norms."""
     torch.manual_seed(case.recipe.seed)
