@@ -112,6 +112,7 @@ def record(network: nn.Module, example: torch.Tensor, precision: Callable[[], Ab
     try:
         with torch.cuda.device_of(example), precision(), warnings.catch_warnings():
             warnings.filterwarnings("error", message="The CUDA Graph is empty")
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # it is another on purpose
             if not _is_suited(network, example) or kept.replaced():
                 return False
             _refuse_waiting(network, example)
