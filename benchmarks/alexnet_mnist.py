@@ -4,7 +4,7 @@
     python benchmarks/alexnet_mnist.py --data mnist.npz --removed 99.42 99.9 --seeds 0 1 2 --work runs/alexnet
 
 The teacher is trained here, on the product's own training split (28 x 28 grey images resized to 96 x 96, three equal
-channels, as the architecture wants). Students come out of the shipped recipe `plain-cnn` with a budget on parameters.
+channels, as the architecture wants). Students come out of the shipped recipe `tiny-cnn` with a budget on parameters.
 All 10,000 test images are read once for each student, after its last epoch. Teachers and run folders in --work are
 used again. Writes results/alexnet_mnist.json after each row; rows of other sizes and seeds stay there.
 """
@@ -37,22 +37,6 @@ from causal_compress.shipped import find_recipe
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 4, 256, 0.03, 0.9, 5e-4
 SIDE = 96
-# Convolutions keep more of themselves than linear layers: with one ladder for both, it has to be fine below one half.
-WIDTHS = [0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.09, 0.0625, 0.045, 0.03, 0.02, 0.01, 0.005, 0.0025, 0.0012]
-
-# Tiny students want other things than small ones: labels, batch norms on the way, large steps, turned and zoomed images,
-# none with parts masked. Chosen on validation. Wider crops, more views and more epochs gain nothing (LOG.md).
-PADDING, ROTATION, ZOOM = 4, 10.0, 1.1
-RECOVERY = {
-    "views": 4,
-    "intervened_share": 0.0,
-    "norms": True,
-    "optimizer": "sgd",
-    "learning_rate": 0.1,
-    "label_weight": 0.5,
-    "temperature": 2.0,
-    "clip_norm": 2.0,
-}
 
 
 def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int, threads: int | None = None) -> Recipe:
@@ -74,17 +58,12 @@ def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int, t
         "data.image_size": SIDE,
         "data.channels": 3,
         "data.normalize": {"mean": [0.1307] * 3, "std": [0.3081] * 3},
-        "data.augment": {"crop_padding": PADDING, "horizontal_flip": False, "rotation": ROTATION, "zoom": ZOOM},
-        "budget": {"params": kept, "macs": None, "max_accuracy_drop": 0.5},
-        "plan.widths": WIDTHS,
-        "plan.align": 1,
-        "plan.min_channels": 2,
-        "plan.max_span": 3,
-        "distill": {"epochs": epochs, **RECOVERY},
+        "budget.params": kept,
+        "distill.epochs": epochs,
         "seed": seed,
         "threads": threads,
     }
-    return load_recipe(find_recipe("plain-cnn"), [f"{key}={json.dumps(value)}" for key, value in given.items()])
+    return load_recipe(find_recipe("tiny-cnn"), [f"{key}={json.dumps(value)}" for key, value in given.items()])
 
 
 def train(model: nn.Module, data: Data, seed: int) -> nn.Module:
@@ -149,10 +128,8 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
         "drop_ci_pp": student.drop_ci_pp,
         "n": student.n,
         "pixels": SIDE,
-        "crop_padding": PADDING,
-        "rotation": ROTATION,
-        "zoom": ZOOM,
-        "intervened_share": RECOVERY["intervened_share"],
+        **recipe.data.augment.model_dump(include={"crop_padding", "rotation", "zoom"}),
+        "intervened_share": recipe.distill.intervened_share if recipe.distill else None,
         "epochs": given.epochs,
         "minutes": round(sum(stage.seconds for stage in read_provenance(folder).stages) / 60, 1),
         "seed": seed,

@@ -158,7 +158,7 @@ def test_errors_are_raised_with_a_remedy(path: Path) -> None:
 
 
 def test_recipes_are_shipped() -> None:
-    assert {"resnet", "plain-cnn", "mobile", "vit", "mlp", "cifar-resnet"} <= set(shipped_recipes())
+    assert {"resnet", "plain-cnn", "tiny-cnn", "mobile", "vit", "mlp", "cifar-resnet"} <= set(shipped_recipes())
     assert (ROOT / "recipes").resolve() == PACKAGE / "recipes"
 
 
