@@ -129,7 +129,7 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
         "n": student.n,
         "pixels": SIDE,
         **recipe.data.augment.model_dump(include={"crop_padding", "rotation", "zoom"}),
-        "intervened_share": recipe.distill.intervened_share if recipe.distill else None,
+        **(recipe.distill.model_dump(include={"intervened_share", "optimizer"}) if recipe.distill else {}),
         "epochs": given.epochs,
         "minutes": round(sum(stage.seconds for stage in read_provenance(folder).stages) / 60, 1),
         "seed": seed,
