@@ -5,7 +5,7 @@
 
 One run folder for each size and seed below --out; all sizes of a seed share one analysis, and a run that was cut off
 goes on. All 10,000 test images are read once for each, after the last epoch. Writes results/resnet_cifar10.json after
-each run; rows of other sizes, epochs or seeds that stand there stay, each with its machine and settings. Minutes are of
+each run; rows of other sizes, epochs, seeds or settings that stand there stay, each with its machine. Minutes are of
 all stages but an analysis that was taken over.
 """
 
@@ -64,8 +64,8 @@ def together(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[d
     return [{**dict.fromkeys(keys), **kept[name]} for name in sorted(kept)]
 
 
-def _name(row: dict[str, Any]) -> tuple[float, int, int]:
-    return row["target_removed_pct"], row["epochs"], row["seed"]
+def _name(row: dict[str, Any]) -> tuple[float, int, int, str]:
+    return row["target_removed_pct"], row["epochs"], row["seed"], row.get("settings") or ""
 
 
 def _seconds(folder: Path) -> float:
