@@ -1,0 +1,55 @@
+"""The benchmarks of records: which rows stay, what students and teachers are taught on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts are no package
+
+import alexnet_mnist
+import resnet_cifar10
+
+from causal_compress.inputs.data import Data
+
+
+def test_rows_of_other_settings_stay_and_those_of_the_same_run_are_replaced() -> None:
+    def row(pct: float, settings: str | None, epochs: int = 40) -> dict[str, Any]:
+        return {"target_removed_pct": 89.0, "epochs": epochs, "seed": 0, "accuracy_pct": pct, "settings": settings}
+
+    before = [row(90.4, None), row(89.0, "plan.low_rank=false"), row(85.0, None, epochs=3)]
+    found = resnet_cifar10.together(before, [row(90.1, "plan.low_rank=false")])
+    assert [(r["accuracy_pct"], r["epochs"]) for r in found] == [(85.0, 3), (90.4, 40), (90.1, 40)]
+
+
+def test_students_of_alexnet_learn_from_turned_images_and_its_teacher_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def trained(model: nn.Module, data: Data, seed: int) -> nn.Module:
+        seen.append(data.train.rows)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr(alexnet_mnist, "train", trained)
+    file, images = tmp_path / "digits.npz", np.zeros((40, 28, 28, 1), np.uint8)
+    images[:, 0, 0, 0] = range(40)
+    labels = np.arange(40) % 10
+    np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    kept = alexnet_mnist.recipe_for(file, tmp_path / "none", 1e-4, 25, 0)
+    small = kept.model_copy(update={"data": kept.data.model_copy(update={"calibration": 10, "validation": 10})})
+    monkeypatch.setattr(alexnet_mnist, "recipe_for", lambda *_: small)
+    alexnet_mnist.make_teacher(file, tmp_path / "teacher.safetensors", 0)
+    assert (tmp_path / "teacher.safetensors").exists()
+    prepared = seen[0].preparation
+    assert (prepared.crop_padding, prepared.rotation, prepared.zoom) == (4, 0.0, 1.0)
+    augment = small.data.augment
+    assert (augment.crop_padding, augment.rotation, augment.zoom) == (4, 10.0, 1.1)
+    assert small.budget.params == 1e-4
+    assert small.distill is not None
+    assert small.distill.epochs == 25
