@@ -279,7 +279,7 @@ def show_plan(plan: Plan) -> None:
     ]
     show_table(header, rows)
     tell(
-        f"predicted: {plan.macs:.3f} of the MACs, {plan.params:.3f} of the parameters, "
+        f"predicted: {plan.macs:.3g} of the MACs, {plan.params:.3g} of the parameters, "
         f"harm {plan.predicted_harm_kl:.3g} nats (output KL)"
     )
     if plan.latency_measured is not None:

@@ -243,7 +243,7 @@ def test_analyze_shows_the_plan(rooms, capsys):
     assert main(["analyze", *NETWORK]) == 0
     shown = capsys.readouterr().out
     assert "region 2 of 1-2" in shown
-    assert "predicted: 0.300 of the MACs, 0.250 of the parameters" in shown
+    assert "predicted: 0.3 of the MACs, 0.25 of the parameters" in shown
     assert "left whole: fc: the classifier is protected" in shown
     assert main(["analyze", *NETWORK, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["macs"] == 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -270,6 +271,9 @@ def test_an_impossible_budget_says_what_is_possible() -> None:
     assert "budget.macs: 0.1" in str(caught.value)
     with pytest.raises(BudgetError):
         make_plan(known, effects(2), groups(2), BudgetSection(params=0.1), PlanSection())
+    large = replace(known, macs=1_000_000)
+    with pytest.raises(BudgetError, match=r"keep 6e-05 of the MACs, 0\.200 of the parameters"):
+        make_plan(large, effects(2), groups(2), BudgetSection(macs=1e-5), PlanSection())
 
 
 def test_without_a_budget_half_the_macs_are_planned_for() -> None:

@@ -208,7 +208,11 @@ def _impossible(
     keys: dict[Kind, str] = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
     limits = {kind: limit for kind, limit in limits.items() if np.isfinite(limit)}
     kinds: list[Kind] = list(dict.fromkeys([*limits, "macs", "params"]))
-    least = [f"{least_share(kind, candidates, prices):.3f} of the {words[kind]}" for kind in kinds]
+    shares = [least_share(kind, candidates, prices) for kind in kinds]
+    least = [
+        f"{part:{'.3f' if part >= 0.01 else '.3g'}} of the {words[kind]}"
+        for kind, part in zip(kinds, shares, strict=True)
+    ]
     asked = [f"{keys[kind]}: {limit:g}" for kind, limit in limits.items() if kind != "bytes"]
     if file is not None and "bytes" in limits:
         least[kinds.index("bytes")] = f"about {least_share('bytes', candidates, prices) * file.whole:,.0f} bytes"
