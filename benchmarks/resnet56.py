@@ -4,8 +4,9 @@
 
 Each variant is a run folder below --out; a finished one is read back, so the script can be stopped and started again.
 Writes results/resnet56_no_training.json, results/resnet56_distilled.json and results/resnet56_speed.json: at equal
-measured latency, what borrowed channels and Gauss-Newton steps are worth. All 10,000 test images
-are read once for each variant, at its end; everything is chosen on training images.
+measured latency, what borrowed channels and Gauss-Newton steps are worth. Rows of other variants that stand there stay,
+and those of other processors, which like other channel counts and make other times. All 10,000 test images are read
+once for each variant, at its end; everything is chosen on training images.
 """
 
 from __future__ import annotations
@@ -83,9 +84,23 @@ def main() -> None:
             rows[next((kind for kind in rows if name.startswith(kind)), "no_training")].append(row_of(name, folder))
     for kind, found in rows.items():
         if found:
-            result = {"schema": 1, "machine": machine(), "command": "benchmarks/resnet56.py", "rows": found}
             target = HERE / "results" / f"resnet56_{kind}.json"
-            atomic_write_text(target, json.dumps(result, indent=1) + "\n")
+            before = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+            told = {"schema": 1, "machine": machine(), "command": "benchmarks/resnet56.py"}
+            atomic_write_text(target, json.dumps({**told, "rows": together(before, found)}, indent=1) + "\n")
+
+
+def together(before: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New rows, and those of an earlier result that they don't replace; all have the keys of the newest.
+
+    Args:
+        before: The file as it stands; its rows without a processor were made on its machine.
+        rows: At least one.
+    """
+    earlier = [{"cpu": before["machine"]["cpu"], **row} for row in before.get("rows", [])]
+    kept = {(row["variant"], row["cpu"]): row for row in [*earlier, *rows]}
+    order = sorted(kept, key=lambda name: (list(VARIANTS).index(name[0]), name[1]))
+    return [{key: kept[name].get(key) for key in rows[-1]} for name in order]
 
 
 def row_of(name: str, folder: Path) -> dict[str, Any]:
@@ -97,9 +112,13 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
     provenance = read_provenance(folder)
     plan = json.loads((folder / "plan.json").read_text())
     distilled = folder / "distill.json"
+    recipe = load_recipe(folder / "recipe.resolved.yaml", [])
+    limit = recipe.budget.latency_ms
     return {
         "arch": "resnet56",
         "variant": name,
+        "latency_asked": limit and limit.keep,
+        "calibration_inputs": recipe.data.calibration,
         "macs_kept": round(student["macs"] / teacher["macs"], 4),
         "params": student["params"],
         "accuracy_pct": student["accuracy_pct"],
@@ -114,6 +133,7 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
         "epochs": len(json.loads(distilled.read_text())["epochs"]) if distilled.exists() else 0,
         "minutes": round(sum(stage.seconds for stage in provenance.stages) / 60, 1),
         "seed": provenance.seed,
+        "cpu": machine()["cpu"],
     }
 
 

@@ -294,6 +294,15 @@ def test_no_more_channels_are_borrowed_than_would_be_worth_it() -> None:
     assert mine == [6, 4, 2]
 
 
+def test_where_channels_come_in_multiples_the_next_one_is_borrowed_too() -> None:
+    rows = measured(apart(), 3, widths=[0.75, 0.5], align=4).rows  # six are worth it, and six don't go
+    lent = [row for row in rows if row.adapter == "borrow" and (row.first, row.last) == (1, 2)]
+    assert [row.widths for row in lent] == [{}, {"one": 4}]
+    assert lent[0].macs_fixed > 1.9 * lent[1].macs_fixed
+    assert lent[0].harm_kl < lent[1].harm_kl
+    assert [row.keeps_width for row in lent] == [True, True]
+
+
 def test_where_borrowing_is_switched_off_merges_are_narrowed_alone() -> None:
     rows = measured(apart(), 3, borrow=False).rows
     assert {row.adapter for row in rows if row.first != row.last} <= {None, "reshape", "project"}

@@ -13,6 +13,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts are no package
 
 import alexnet_mnist
+import resnet56
 import resnet_cifar10
 
 from causal_compress.inputs.data import Data
@@ -25,6 +26,23 @@ def test_rows_of_other_settings_stay_and_those_of_the_same_run_are_replaced() ->
     before = [row(90.4, None), row(89.0, "plan.low_rank=false"), row(85.0, None, epochs=3)]
     found = resnet_cifar10.together(before, [row(90.1, "plan.low_rank=false")])
     assert [(r["accuracy_pct"], r["epochs"]) for r in found] == [(85.0, 3), (90.4, 40), (90.1, 40)]
+
+
+def test_rows_of_other_processors_stay_and_name_theirs() -> None:
+    def row(variant: str, pct: float, **more: Any) -> dict[str, Any]:
+        return {"variant": variant, "accuracy_pct": pct, **more}
+
+    before = {"machine": {"cpu": "A"}, "rows": [row("speed-no-borrowing", 89.0), row("speed", 91.0, gone=1)]}
+    found = resnet56.together(before, [row("speed", 90.0, asked=0.49, cpu="B")])
+    assert [(r["variant"], r["accuracy_pct"], r["cpu"], r["asked"]) for r in found] == [
+        ("speed", 91.0, "A", None),
+        ("speed", 90.0, "B", 0.49),
+        ("speed-no-borrowing", 89.0, "A", None),
+    ]
+    assert all("gone" not in r for r in found)
+    again = resnet56.together({"machine": {"cpu": "B"}, "rows": found}, [row("speed", 90.5, asked=0.5, cpu="B")])
+    assert [r["accuracy_pct"] for r in again] == [91.0, 90.5, 89.0]
+    assert resnet56.together({}, [row("speed", 90.0, cpu="B")]) == [row("speed", 90.0, cpu="B")]
 
 
 def test_students_of_alexnet_learn_from_turned_images_and_its_teacher_does_not(

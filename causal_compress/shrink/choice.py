@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 PATH_PENALTY = 1e-3
 MOST_BORROWED = 1.5
-"""Times the representative's own channels; nothing wider was part of a plan for a third to half of ResNet-56."""
+"""Times the representative's own channels, or the next multiple of `align` above that: nothing wider was part of a plan
+for a third to half of ResNet-56 where any number was allowed."""
 _CHANNELWISE = (
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Identity, nn.ReLU,
@@ -109,14 +111,19 @@ class Choice:
         fit_hidden(self.part, self.sweep.fit, [values(x)[0] for x in self.sweep.fit], PENALTIES)
 
     def levels(self) -> list[dict[str, int]]:
-        """Channel counts of the groups inside that are tried, at each width of the recipe; full width is left out."""
+        """Channel counts of the groups inside that are tried, at each width of the recipe.
+
+        Full width is left out, but where all that a representative can borrow is bearable: there it is empty.
+        """
         counts = level_counts([group.channels for group in self.groups], self.sweep.section)
         producers = [group.producer for group in self.groups]
         levels = [dict(zip(producers, level, strict=True)) for level in counts]
         if not self.own:
             return levels
-        bearable = {producer: MOST_BORROWED * count for producer, count in self.own.items()}
-        kept = [level for level in levels if all(level[producer] <= most for producer, most in bearable.items())]
+        step = self.sweep.section.align
+        bearable = {producer: math.ceil(MOST_BORROWED * count / step) * step for producer, count in self.own.items()}
+        full = {group.producer: group.channels for group in self.groups}
+        kept = [level for level in ({}, *levels) if all((full | level)[own] <= most for own, most in bearable.items())]
         return kept if self.own in kept else [*kept, self.own]
 
     def reads_cut(self) -> bool:

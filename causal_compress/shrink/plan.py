@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from causal_compress.errors import BudgetError
 from causal_compress.recipe import BudgetSection, PlanSection
 from causal_compress.results import (
     Candidate,
@@ -32,6 +31,7 @@ from causal_compress.results import (
     Skip,
 )
 from causal_compress.shrink.costs import FileCosts
+from causal_compress.shrink.refusal import impossible
 from causal_compress.shrink.undo import leaves_whole, whole_regions
 from causal_compress.understand.group import same_node_share
 
@@ -99,7 +99,11 @@ def make_plan(  # noqa: PLR0913  (what was measured, what is asked for, and what
     paths = [best_path(candidates, prices, mixture, limits) for mixture in mixtures]
     met = [path for path in paths if path is not None]
     if not met:
-        raise _impossible(candidates, prices, limits, file)
+        asked: dict[str, float] = {kind: limit for kind, limit in limits.items() if np.isfinite(limit)}
+        least: dict[str, float] = {
+            kind: least_share(kind, candidates, prices) for kind in KINDS if kind in (*asked, "macs", "params")
+        }
+        raise impossible(asked, least, section, file)
     chosen = min(met, key=lambda path: sum(candidates.rows[position].harm_kl for position in path))
     decisions = _decisions([candidates.rows[position] for position in chosen], candidates, effects, groups)
     kept = np.array([decision.outputs_kept for decision in decisions])[:, None]
@@ -199,31 +203,6 @@ def allowed(
     ]
     rows = tuple(candidates.rows[position] for position in chosen)
     return replace(candidates, rows=rows), Prices(prices.fixed[chosen], prices.out[chosen])
-
-
-def _impossible(
-    candidates: Candidates, prices: Prices, limits: Mapping[Kind, float], file: FileCosts | None
-) -> BudgetError:
-    words: dict[Kind, str] = {"macs": "MACs", "params": "parameters", "bytes": "file", "latency": "latency"}
-    keys: dict[Kind, str] = {"macs": "budget.macs", "params": "budget.params", "latency": "budget.latency_ms.keep"}
-    limits = {kind: limit for kind, limit in limits.items() if np.isfinite(limit)}
-    kinds: list[Kind] = list(dict.fromkeys([*limits, "macs", "params"]))
-    shares = [least_share(kind, candidates, prices) for kind in kinds]
-    least = [
-        f"{part:{'.3f' if part >= 0.01 else '.3g'}} of the {words[kind]}"
-        for kind, part in zip(kinds, shares, strict=True)
-    ]
-    asked = [f"{keys[kind]}: {limit:g}" for kind, limit in limits.items() if kind != "bytes"]
-    if file is not None and "bytes" in limits:
-        least[kinds.index("bytes")] = f"about {least_share('bytes', candidates, prices) * file.whole:,.0f} bytes"
-        asked.append(f"budget.size_bytes: {limits['bytes'] * file.whole:,.0f}")
-    return BudgetError(
-        "no plan can meet the budget",
-        found=f"the smallest possible plans keep {', '.join(least)}",
-        wanted=", ".join(asked),
-        remedy="raise the budget, add smaller values to plan.widths, raise plan.max_span or plan.max_epsilon, "
-        "lower plan.align, or check plan.include and plan.exclude",
-    )
 
 
 def best_path(candidates: Candidates, prices: Prices, mixture: Costs, limits: Mapping[Kind, float]) -> list[int] | None:
