@@ -42,6 +42,7 @@ _ROUNDS = 6
 _CLOSE = 0.98  # a plan that keeps this much of what it may keep is good enough
 _AIM = 0.99  # of what a plan may keep
 _READINGS = 3
+_STEADY = 0.04  # readings of one network differ by less where nothing else runs
 
 
 def measure_latency(network: Network, candidates: Candidates, section: LatencySection, timer: Timer) -> LatencyTable:
@@ -180,10 +181,11 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
 
     whole = whole_regions(section.undo, effects.chain.regions)
     least = least_share("latency", *allowed(candidates, price(candidates, table), section, whole))
-    wanted, met, fastest = limit.keep, None, math.inf
+    wanted, met, fastest, unsteady = limit.keep, None, math.inf, 0.0
     plan, aim = _first_plan(planner, wanted, least)
     for turn in range(_ROUNDS):
-        kept = _time_whole(network, plan, timer)
+        readings = _time_whole(network, plan, timer)
+        kept, unsteady = median(readings), max(unsteady, max(readings) / min(readings) - 1)
         logger.info("plan: %.3f of the latency predicted, %.3f measured, %.3f wanted", plan.latency, kept, wanted)
         fastest = min(fastest, kept)
         if kept <= wanted and (met is None or plan.predicted_harm_kl < met.predicted_harm_kl):
@@ -196,6 +198,12 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
             plan = planner(aim)
         except BudgetError:
             break
+    if unsteady > _STEADY:
+        logger.warning(
+            "plan: readings of one network's latency differ by %.0f %%; on a quiet machine the plan may be "
+            "better, and nearer to the limit",
+            100 * unsteady,
+        )
     if met is None:
         raise _too_slow(fastest, limit, table)
     return met
@@ -232,14 +240,14 @@ def _too_slow(fastest: float, limit: LatencySection, table: LatencyTable) -> Bud
     )
 
 
-def _time_whole(network: Network, plan: Plan, timer: Timer) -> float:
-    """Share of the teacher's latency that the plan's network takes; weights do not matter to it.
+def _time_whole(network: Network, plan: Plan, timer: Timer) -> list[float]:
+    """Shares of the teacher's latency that the plan's network takes, read in turn; weights do not matter to it.
 
-    The median of three readings: of many plans that are read once each, one with a lucky reading would be accepted.
+    Several, for their median: of many plans that are read once each, one with a lucky reading would be accepted.
     """
     example = network.example_input
     times = timer([(skeleton(network, plan), example), (network.teacher, example)] * _READINGS)
-    return median(student / teacher for student, teacher in zip(times[::2], times[1::2], strict=True))
+    return [student / teacher for student, teacher in zip(times[::2], times[1::2], strict=True)]
 
 
 def skeleton(network: Network, plan: Plan) -> fx.GraphModule:
