@@ -61,11 +61,18 @@ def together(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[d
     """New rows, and those of before that they don't replace, by size; all have the keys of the newest."""
     kept = {_name(row): row for row in [*({"recovered_on": "cpu", **row} for row in before), *rows]}
     keys = [key for row in rows[-1:] for key in row]
-    return [{**dict.fromkeys(keys), **kept[name]} for name in sorted(kept)]
+    return [{**dict.fromkeys(keys), **kept[name], "views": _views(kept[name])} for name in sorted(kept)]
 
 
 def _name(row: dict[str, Any]) -> tuple[float, int, int, str]:
     return row["target_removed_pct"], row["epochs"], row["seed"], row.get("settings") or ""
+
+
+def _views(row: dict[str, Any]) -> str:
+    """How many views of each image the student learned from; `new`: another one in every epoch."""
+    own = dict(setting.split("=", 1) for setting in (row.get("settings") or "").split())
+    asked = own.get("distill.views", str(RECOVERY["distill.views"]))
+    return "new" if asked == "null" else asked
 
 
 def _seconds(folder: Path) -> float:

@@ -4,9 +4,9 @@
     python benchmarks/tables.py --check    # says what would change; exit code 1 if anything would
 
 A block stands between `<!-- table:NAME [COLUMN | COLUMN=VALUE]... -->` and `<!-- /table -->`, or `<!-- tree -->` and
-`<!-- /tree -->`. Named columns are shown in that order, all of them where none is named; COLUMN=VALUE shows only the
-rows where it holds. A table whose results are not there yet is left empty, so that no document shows a number that
-nobody measured.
+`<!-- /tree -->`. Named columns are shown in that order, all of them where none is named; COLUMN=VALUE,VALUE... shows
+only the rows where one of them holds. A table whose results are not there yet is left empty, so that no document shows
+a number that nobody measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGE = ROOT / "causal_compress"
 
-_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: [\w=.@-]+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table:([\w-]+)((?: [\w=.,@-]+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _TREE = re.compile(r"(<!-- tree -->\n).*?(<!-- /tree -->)", re.DOTALL)
 _READING_ORDER = (
     "results",
@@ -86,8 +86,8 @@ def table(path: Path, columns: Sequence[str] = ()) -> str:
 
     Args:
         path: NAME.json.
-        columns: Which keys are shown, in this order; none: all. KEY=VALUE: only rows where it holds. @LIST: that
-            list of the file instead of its rows.
+        columns: Which keys are shown, in this order; none: all. KEY=VALUE,VALUE...: only rows where one of
+            them holds. @LIST: that list of the file instead of its rows.
     """
     if not path.is_file():
         return ""
@@ -97,7 +97,7 @@ def table(path: Path, columns: Sequence[str] = ()) -> str:
     columns = [column for column in columns if "=" not in column and not column.startswith("@")]
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in content[wanted]:
-        if any(str(row.get(key)) != value for key, value in asked.items()):
+        if any(str(row.get(key)) not in values.split(",") for key, values in asked.items()):
             continue
         row = {key: row.get(key) for key in columns} if columns else row
         kinds.setdefault(tuple(row), []).append(row)

@@ -247,13 +247,14 @@ def test_tables_come_from_results_and_are_left_empty_without(tmp_path: Path) -> 
     content = {"schema": 1, "machine": machine, "command": "python x.py", "rows": rows, "means": [{"n": 3}]}
     (tmp_path / "known.json").write_text(json.dumps(content), encoding="utf-8")
     text = "<!-- table:known -->\nold\n<!-- /table -->\n<!-- table:absent -->\nold\n<!-- /table -->\n"
-    text += "<!-- table:known @means n -->\n<!-- /table -->\n"
+    text += "<!-- table:known @means n -->\n<!-- /table -->\n<!-- table:known n=7,10000 what -->\n<!-- /table -->\n"
     filled = tables.fill(text, tmp_path)
     assert "| what | latency p50 [ms] | n | drop (95 % interval) [pp] |\n|---|---:|---:|---|" in filled
     assert "| a\\|b | 1.234 | 10,000 | 0.10 to  |" in filled
     assert "| other |" in filled
     assert "| throughput [1/s] | throughput [1/CPU s] | images per second | gain (95 % interval) [pp] |" in filled
     assert "| 5 | 6 | 7 |  |" in filled
+    assert "n=7,10000 what -->\n| what |\n|---|\n| a\\|b |\n\n" in filled
     assert "@means n -->\n| n |\n|---:|\n| 3 |\n" in filled
     assert "`python x.py`<br>fast, 2 cores, python 3.11" in filled
     assert "<!-- table:absent -->\n<!-- /table -->" in filled

@@ -26,6 +26,10 @@ def test_rows_of_other_settings_stay_and_those_of_the_same_run_are_replaced() ->
     before = [row(90.4, None), row(89.0, "plan.low_rank=false"), row(85.0, None, epochs=3)]
     found = resnet_cifar10.together(before, [row(90.1, "plan.low_rank=false")])
     assert [(r["accuracy_pct"], r["epochs"]) for r in found] == [(85.0, 3), (90.4, 40), (90.1, 40)]
+    more = resnet_cifar10.together(
+        found, [row(91.0, "plan.low_rank=false distill.views=null"), row(88.0, "distill.views=1", 3)]
+    )
+    assert [r["views"] for r in more] == ["10", "1", "10", "10", "new"]
 
 
 def test_rows_of_other_processors_stay_and_name_theirs() -> None:
