@@ -198,15 +198,20 @@ def plan_for_latency(  # noqa: PLR0913  (what a plan needs, and where it is time
             plan = planner(aim)
         except BudgetError:
             break
-    if unsteady > _STEADY:
-        logger.warning(
-            "plan: readings of one network's latency differ by %.0f %%; on a quiet machine the plan may be "
-            "better, and nearer to the limit",
-            100 * unsteady,
-        )
+    _warn_of_noise(unsteady)
     if met is None:
         raise _too_slow(fastest, limit, table)
     return met
+
+
+def _warn_of_noise(unsteady: float) -> None:
+    """Say that plans suffer where readings of one network differ by more than such a share of the smallest."""
+    if unsteady > _STEADY:
+        logger.warning(
+            "plan: readings of one network's latency differ by %.0f %%; on a quiet machine the plan may be better, and "
+            "nearer to the limit",
+            100 * unsteady,
+        )
 
 
 def _first_plan(planner: Callable[[float], Plan], wanted: float, least: float) -> tuple[Plan, float]:
