@@ -82,9 +82,9 @@ def main() -> None:
         if (folder / "scorecard.json").exists():
             analyses.setdefault(kind, folder)
             rows[next((kind for kind in rows if name.startswith(kind)), "no_training")].append(row_of(name, folder))
-    for kind, found in rows.items():
+    for name, found in rows.items():
         if found:
-            target = HERE / "results" / f"resnet56_{kind}.json"
+            target = HERE / "results" / f"resnet56_{name}.json"
             before = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
             told = {"schema": 1, "machine": machine(), "command": "benchmarks/resnet56.py"}
             atomic_write_text(target, json.dumps({**told, "rows": together(before, found)}, indent=1) + "\n")
