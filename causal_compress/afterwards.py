@@ -27,7 +27,7 @@ from causal_compress.explain.report import STUDENT, ReportInput, build_report, r
 from causal_compress.files import atomic_write_text, make_folder
 from causal_compress.inputs.data import Data, load_data
 from causal_compress.inputs.models import build_model
-from causal_compress.planning import recorded
+from causal_compress.planning import recorded, surgery_depends
 from causal_compress.recipe import AuditSection, BenchmarkSection, Recipe, RuntimeName
 from causal_compress.recipe_file import load_recipe
 from causal_compress.results import (
@@ -49,7 +49,7 @@ from causal_compress.runs import read_provenance, read_result
 from causal_compress.shrink.bisect import Case, bisect, with_inputs
 from causal_compress.shrink.surgery import Student
 from causal_compress.shrink.surgery import replay as replay_surgery
-from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of, rewrite_depends, student_mark
+from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of, student_mark
 from causal_compress.understand.algebra import folded
 from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import Network, trace
@@ -331,8 +331,9 @@ def bisect_run(run_dir: Path, *, inputs: int | None = None, top: int | None = No
 def _plan_of_student(run_dir: Path) -> Plan:
     """The recorded plan, refused if the student was not made by it: a later analysis may have put another there."""
     plan = read_result(run_dir, "plan", Plan)
-    key = next(record.key for record in read_provenance(run_dir).stages if record.stage == "plan")
-    if not recorded(run_dir, "rewrite", rewrite_depends(key, load_recipe(run_dir / RECIPE))):
+    keys = {record.stage: record.key for record in read_provenance(run_dir).stages}
+    recipe = load_recipe(run_dir / RECIPE)
+    if not recorded(run_dir, "rewrite", surgery_depends(run_dir, keys["candidates"], keys["plan"], plan, recipe)):
         raise RunFolderError(
             f"the plan in {run_dir} is not the plan that its student was made by",
             found="a plan that was made later, or by another version",

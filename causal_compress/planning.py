@@ -83,6 +83,22 @@ def recorded(folder: Path, stage: str, depends: Mapping[str, Any]) -> bool:
     return any((record.stage, record.key) == (stage, key) for record in told.stages)
 
 
+def surgery_depends(folder: Path, candidates: str, key: str, plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """What merging depends on: what was decided, whichever budget led to it.
+
+    Args:
+        folder: A run folder; what an earlier causal-compress made there still counts, by the plan's key.
+        candidates: The key of what was measured.
+        key: The plan's.
+        plan: Its decisions.
+        recipe: How representatives are refitted.
+    """
+    earlier = {"plan": key, "rewrite": recipe.rewrite}
+    if recorded(folder, "rewrite", earlier):
+        return earlier
+    return {"candidates": candidates, "decisions": plan.decisions, "rewrite": recipe.rewrite}
+
+
 def _costs_of(budget: BudgetSection) -> BudgetSection:
     """What of a budget shapes a plan: a limit on the drop of accuracy only decides the verdict."""
     return budget.model_copy(update={"max_accuracy_drop": None})

@@ -55,16 +55,19 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
         },
     )
     run.write_json("pareto.json", pareto)
-    share = pareto.points[pareto.chosen].asked_macs
-    for folder in _tried(run, share):
+    for folder in _tried(run):
         run.reuse_also(folder)
+    share = pareto.points[pareto.chosen].asked_macs
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
 
 
-def _tried(run: Run, share: float) -> list[Path]:
-    """Run folders of a size, those of the run that is reused among them; they share its surgery."""
+def _tried(run: Run) -> list[Path]:
+    """Run folders of all sizes, those of the run that is reused among them.
+
+    One size shares its surgery however long it recovers, and two shares of MACs may lead to one network.
+    """
     folders = [run.folder] if run.reused is None else [run.folder, run.reused]
-    return [path.parent for each in folders for path in sorted((each / "points").glob(f"{share:.4f}-*/run.json"))]
+    return [path.parent for each in folders for path in sorted((each / "points").glob("*/run.json"))]
 
 
 def _folder(folder: Path, share: float, epochs: int) -> Path:
@@ -87,7 +90,7 @@ def attempt(run: Run, recipe: Recipe, share: float, epochs: int) -> SearchPoint:
     budget = recipe.budget.model_copy(update={"macs": share})
     point = recipe.model_copy(update={"budget": budget, "distill": distill})
     with open_run(_folder(run.folder, share, epochs), point, command=("search",), reuse=run.folder) as one:
-        for other in _tried(run, share):
+        for other in _tried(run):
             if other != one.folder:
                 one.reuse_also(other)
         known = understand(one, point, force=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from causal_compress.files import sha256_of_json
 from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, augmentation, load_data
 from causal_compress.inputs.models import checkpoint_sha256
-from causal_compress.planning import decide
+from causal_compress.planning import decide, surgery_depends
 from causal_compress.provenance import place
 from causal_compress.recipe import Recipe
 from causal_compress.recover.distill import distill, resolve_device
@@ -181,13 +181,9 @@ def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Stud
         student, changes, skips = rewrite(known.network, known.plan, front, recipe.rewrite)
         return write_log(scratch, "rewrite", student, known, (changes, skips), front.harm_kl)
 
-    log = run.stage("rewrite", Log, work, depends=rewrite_depends(run.key_of("plan"), recipe))
+    depends = surgery_depends(run.folder, run.key_of("candidates"), run.key_of("plan"), known.plan, recipe)
+    log = run.stage("rewrite", Log, work, depends=depends)
     return log, read_student(run, known, log.surgery, "rewrite.safetensors")
-
-
-def rewrite_depends(plan: str, recipe: Recipe) -> dict[str, Any]:
-    """What merging depends on: the key of the plan, and the recipe."""
-    return {"plan": plan, "rewrite": recipe.rewrite}
 
 
 def shrink_width(run: Run, recipe: Recipe, known: Understood, student: Student) -> tuple[Log, Student]:

@@ -15,6 +15,7 @@ from causal_compress.commands.shared import as_json_text
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.report import audited_later, bisected
 from causal_compress.explanations import Explained, write_explanations
+from causal_compress.files import sha256_of_file, sha256_of_json
 from causal_compress.pipeline import compress
 from causal_compress.recipe import BenchmarkSection
 from causal_compress.recipe_file import load_recipe, recipe_yaml
@@ -96,17 +97,34 @@ def test_a_run_that_cant_be_written_is_refused_before_the_work(run, monkeypatch,
     assert "copy" in caught.value.remedy
 
 
-def test_a_plan_that_is_not_the_students_is_not_bisected(run, monkeypatch):
+@pytest.mark.parametrize("what", ["other measurements", "another decision"])
+def test_a_plan_that_is_not_the_students_is_not_bisected(run, monkeypatch, what):
     """As an analysis of other data, or of a size left open, could have put it there."""
     told = json.loads((run / "run.json").read_text())
-    for record in told["stages"]:
-        if record["stage"] == "plan":
-            record["key"] = "of another plan"
+    records = {record["stage"]: record for record in told["stages"]}
+    if what == "other measurements":
+        records["candidates"]["key"] = "of other data"
+    else:
+        plan = json.loads((run / "plan.json").read_text())
+        plan["decisions"][0]["candidate"]["harm_kl"] += 1.0
+        (run / "plan.json").write_text(json.dumps(plan))
+        records["plan"]["files"]["plan.json"] = sha256_of_file(run / "plan.json")
     (run / "run.json").write_text(json.dumps(told))
     monkeypatch.setattr(afterwards, "reopen", lambda *_: pytest.fail("work was done before"))
     with pytest.raises(RunFolderError, match="not the plan that its student was made by") as caught:
         afterwards.bisect_run(run)
     assert "compress" in caught.value.remedy
+
+
+def test_surgery_of_an_earlier_version_counts(run):
+    """It went by the plan's key, whatever was decided."""
+    told = json.loads((run / "run.json").read_text())
+    records = {record["stage"]: record for record in told["stages"]}
+    recipe = load_recipe(run / "recipe.resolved.yaml")
+    depends = {"plan": records["plan"]["key"], "rewrite": recipe.rewrite}
+    records["rewrite"]["key"] = sha256_of_json(["rewrite", depends, told["versions"]["causal-compress"]])
+    (run / "run.json").write_text(json.dumps(told))
+    assert afterwards.bisect_run(run, top=1).undone
 
 
 def test_a_run_of_an_older_version_is_bisected(run, monkeypatch):

@@ -246,19 +246,36 @@ def earlier(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return weights, folder
 
 
-@pytest.mark.parametrize(("limit", "section"), [(3.0, {"points": 3}), (1.0, {})])
-def test_another_search_takes_over_the_recoveries_of_an_earlier_one(
-    limit: float, section: dict[str, float], earlier: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, old = earlier
-    recoveries: list[int] = []
+@pytest.fixture
+def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs of every recovery from now on."""
+    seen: list[int] = []
     recover = stages.distill
 
     def counted(*given: Any, **named: Any) -> Any:
-        recoveries.append(given[4].epochs)
+        seen.append(given[4].epochs)
         return recover(*given, **named)
 
     monkeypatch.setattr(stages, "distill", counted)
+    return seen
+
+
+def test_a_network_that_two_sizes_lead_to_recovers_once(weights: Path, recoveries: list[int], tmp_path: Path) -> None:
+    recipe = searched(weights, 3.0, points=4)
+    depth_alone = recipe.plan.model_copy(update={"width": False, "low_rank": False})
+    compress(recipe.model_copy(update={"plan": depth_alone}), tmp_path / "run")
+    points = read_result(tmp_path / "run", "search", Pareto).points
+    networks = {(point.macs, point.epochs) for point in points}
+    assert len(networks) < len(points)
+    assert len(recoveries) == len(networks)
+
+
+@pytest.mark.parametrize(("limit", "section"), [(3.0, {"points": 3}), (1.0, {})])
+def test_another_search_takes_over_the_recoveries_of_an_earlier_one(
+    limit: float, section: dict[str, float], earlier: tuple[Path, Path], tmp_path: Path, recoveries: list[int]
+) -> None:
+    weights, old = earlier
+    recoveries.clear()
     compress(searched(weights, limit, **section), tmp_path / "run", reuse=old)
     first, second = ({path.name for path in (run / "points").iterdir()} for run in (old, tmp_path / "run"))
     assert first & second
