@@ -131,7 +131,7 @@ def read_input(file: Path, data: Data) -> Tensor:
     if not isinstance(rows, ImageRows):
         return _as_row(values, file)
     stored = _open_image(file, rows.store.shape)[None] if values is None else _as_stored(values, rows, file.name)
-    return rows.preparation.normalized(rows.preparation.scaled(stored, None))
+    return rows.preparation.prepared(stored, None)
 
 
 def _read_array(file: BinaryIO) -> NDArray[Any]:

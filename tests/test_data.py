@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from data_sample import fault, images, load, npz, splits, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causal_compress.inputs.data import augmentation
+from causal_compress.inputs.images import _random_warp
 from causal_compress.recipe import AugmentSection, NormalizeSection
 
 
@@ -32,10 +34,14 @@ def test_npz_images_become_normalised_nchw(tmp_path: Path) -> None:
     np.testing.assert_array_equal(data.test.show([0, 3]), x[[0, 3]])
 
 
-def test_grey_images_are_repeated_to_the_wanted_channels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mean", [[0.5, 0.5, 0.5], [0.5, 0.25, 0.5]])
+def test_grey_images_are_repeated_to_the_wanted_channels(tmp_path: Path, mean: list[float]) -> None:
     x, y = images(shape=(6, 6))
-    data = load(npz(tmp_path, x=x, y=y), channels=3)
+    source = npz(tmp_path, x_train=x, y_train=y, x_test=x, y_test=y)
+    data = load(source, channels=3, normalize=NormalizeSection(mean=mean, std=[0.3, 0.3, 0.3]))
     assert data.input_shape == (3, 6, 6)
+    wanted = (x[:, None] / 255.0 - np.array(mean)[:, None, None]) / 0.3
+    np.testing.assert_allclose(whole(data.test).numpy(), wanted, atol=1e-5)
     assert torch.equal(data.example_input[:, 0], data.example_input[:, 2])
 
 
@@ -226,6 +232,17 @@ def test_images_are_turned_and_zoomed_about_their_centre(tmp_path: Path, height:
     assert 1.21 < sizes.max() < 1.27
     assert abs(angles.mean()) < 3
     assert abs(sizes.log().mean()) < 0.03
+
+
+def test_images_are_turned_as_a_grid_of_affine_maps_turns_them() -> None:
+    x = torch.rand(20, 2, 12, 17, generator=torch.Generator().manual_seed(0))
+    turned = _random_warp(x, 40.0, 1.3, torch.Generator().manual_seed(1))
+    turn, power = 2 * torch.rand(2, 20, generator=torch.Generator().manual_seed(1)) - 1
+    angle, size, none = torch.deg2rad(40 * turn), 1.3**power, torch.zeros(20)
+    cos, sin = angle.cos() / size, angle.sin() / size
+    maps = torch.stack([cos, -sin * 12 / 17, none, sin * 17 / 12, cos, none], 1).view(20, 2, 3)
+    grid = F.affine_grid(maps, [20, 2, 12, 17], align_corners=False)
+    torch.testing.assert_close(turned, F.grid_sample(x, grid, align_corners=False), atol=1e-4, rtol=0.0)
 
 
 def test_augmentations_of_later_versions_count_where_they_are_used(tmp_path: Path) -> None:

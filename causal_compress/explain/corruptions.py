@@ -97,7 +97,7 @@ def _pixels(split: Split, positions: Rows) -> Pixels:
     """N x H x W x C in [0, 1] at the size that the network sees; a grey image has one channel here."""
     assert isinstance(split.rows, ImageRows)
     single = replace(split.rows.preparation, repeat=1)
-    pixels: Pixels = single.scaled(split.rows.store.read(positions), None).permute(0, 2, 3, 1).numpy()
+    pixels: Pixels = single.scaled(split.rows.store.read(positions)).permute(0, 2, 3, 1).numpy()
     return pixels
 
 

@@ -139,8 +139,21 @@ class Preparation:
         alike = all(values is None or len(set(values)) == 1 for values in (self.mean, self.std))
         return self.repeat if alike else 1
 
-    def scaled(self, images: NDArray[Any], generator: torch.Generator | None) -> Tensor:
-        """N x H x W x C as stored -> N x C x H x W float32 in [0, 1]; augmented if a generator is given."""
+    def prepared(self, images: NDArray[Any], generator: torch.Generator | None) -> Tensor:
+        """N x H x W x C as stored -> N x C x H x W float32, normalised; augmented if a generator is given."""
+        x = self._augmented(images, generator)
+        if self.copied_channels > 1:  # once for all copies
+            return self.normalized(x, channels=1).repeat(1, self.repeat, 1, 1)
+        return self.normalized(self._repeated(x))
+
+    def scaled(self, images: NDArray[Any]) -> Tensor:
+        """N x H x W x C as stored -> N x C x H x W float32 in [0, 1]."""
+        return self._repeated(self._augmented(images, None))
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        return x.repeat(1, self.repeat, 1, 1) if self.repeat > 1 else x.contiguous()
+
+    def _augmented(self, images: NDArray[Any], generator: torch.Generator | None) -> Tensor:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         if self.size is not None and tuple(x.shape[-2:]) != (self.size, self.size):
             x = _resize(_unit(x), self.size)
@@ -150,14 +163,14 @@ class Preparation:
             x = _random_crop(x, self.crop_padding, generator)
         if generator is not None and self.horizontal_flip:
             x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
-        return _unit(x).repeat(1, self.repeat, 1, 1) if self.repeat > 1 else _unit(x).contiguous()
+        return _unit(x)
 
-    def normalized(self, x: Tensor) -> Tensor:
-        """Subtract the mean and divide by the standard deviation of each channel."""
+    def normalized(self, x: Tensor, channels: int | None = None) -> Tensor:
+        """Subtract the mean and divide by the standard deviation of each channel, or of the first ones alone."""
         if self.mean is not None:
-            x = x - torch.tensor(self.mean).view(-1, 1, 1)
+            x = x - torch.tensor(self.mean[:channels]).view(-1, 1, 1)
         if self.std is not None:
-            x = x / torch.tensor(self.std).view(-1, 1, 1)
+            x = x / torch.tensor(self.std[:channels]).view(-1, 1, 1)
         return x
 
 
@@ -170,11 +183,11 @@ class ImageRows:
 
     def inputs(self, positions: Positions, generator: torch.Generator | None) -> Tensor:
         """N x C x H x W float32, normalised; augmented if a generator is given."""
-        return self.preparation.normalized(self.preparation.scaled(self.store.read(positions), generator))
+        return self.preparation.prepared(self.store.read(positions), generator)
 
     def show(self, positions: Positions) -> NDArray[Any]:
         """N x H x W x C uint8 at the size the network sees; values outside [0, 1] are first scaled into it."""
-        x = self.preparation.scaled(self.store.read(positions), None).permute(0, 2, 3, 1).numpy()
+        x = self.preparation.scaled(self.store.read(positions)).permute(0, 2, 3, 1).numpy()
         low, high = min(float(x.min(initial=0.0)), 0.0), max(float(x.max(initial=1.0)), 1.0)
         shown: NDArray[np.uint8] = np.rint((x - low) / (high - low) * 255).astype(np.uint8)
         return shown
@@ -211,10 +224,18 @@ def _random_warp(x: Tensor, rotation: float, zoom: float, generator: torch.Gener
     """
     n, _, height, width = x.shape
     turn, power = 2 * torch.rand(2, n, generator=generator) - 1
-    angle, size = turn * math.radians(rotation), zoom**power
-    cos, sin, none = angle.cos() / size, angle.sin() / size, torch.zeros(n)
-    sources = torch.stack([cos, -sin * height / width, none, sin * width / height, cos, none], 1).view(n, 2, 3)
-    return F.grid_sample(x, F.affine_grid(sources, list(x.shape), align_corners=False), align_corners=False)
+    angle, size = (turn * math.radians(rotation)).view(n, 1, 1), (zoom**power).view(n, 1, 1)
+    cos, sin = angle.cos() / size, angle.sin() / size
+    across, down = _centres(width).view(1, 1, width), _centres(height).view(1, height, 1)
+    sources = torch.empty(n, height, width, 2)  # in halves of a side, from the centre
+    torch.add(cos * across, -sin * height / width * down, out=sources[..., 0])
+    torch.add(sin * width / height * across, cos * down, out=sources[..., 1])
+    return F.grid_sample(x, sources, align_corners=False)
+
+
+def _centres(count: int) -> Tensor:
+    """Of so many pixels side by side, between -1 and 1."""
+    return (2 * torch.arange(count) + 1) / count - 1
 
 
 def image_array(values: NDArray[Any], name: str) -> ImageArray:
