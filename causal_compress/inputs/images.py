@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from causal_compress.errors import DataError
+from causal_compress.provenance import cores
 
 # What Pillow raises on broken, cut and far too large files; its bomb error is a plain Exception.
 IMAGE_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _BLOCK = 1024
+_DECODERS = 4  # at least
 Positions = NDArray[np.int64]
 
 
@@ -89,7 +91,7 @@ class ImageItems:
 
     def read(self, positions: Positions) -> NDArray[np.uint8]:
         """Decode the images at `positions`, N x H x W x C."""
-        with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow decodes without holding the interpreter's lock
+        with ThreadPoolExecutor(max(_DECODERS, cores())) as pool:  # Pillow decodes without the interpreter's lock
             return np.stack(list(pool.map(self._decode, positions.tolist())))
 
     def digest(self, update: Callable[[Any], None]) -> None:

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from causal_compress.errors import NumericalError
+from causal_compress.inputs.ahead import made_ahead
 from causal_compress.inputs.data import Data
 from causal_compress.progress import progress
 from causal_compress.recipe import DistillSection, InterveneSection
@@ -237,6 +238,8 @@ def _batches(course: Course, index: int) -> Iterator[_Batch]:
     generator = torch.Generator().manual_seed(seed)
     batches = course.data.train.batches(course.section.batch_size, shuffle_seed=seed, augment=True)
     batches = islice(_filled(batches, min(course.section.batch_size, len(course.data.train))), course.steps_per_epoch)
+    if course.device.type != "cpu":  # which would have to make them anyway
+        batches = made_ahead(batches)
     if course.accelerator.is_main_process:
         label = f"distill {index + 1}/{course.section.epochs}"
         batches = progress(batches, label=label, total=course.steps_per_epoch)
