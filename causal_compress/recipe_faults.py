@@ -49,7 +49,7 @@ def _meaning(schema: Mapping[str, Any]) -> str:
 def _did_you_mean_key(key: Key) -> str:
     siblings = list(_properties(_schema_of(key[:-1])))
     if close := difflib.get_close_matches(str(key[-1]), siblings, n=1):
-        return f" Did you mean '{close[0]}'?"
+        return f" Did you mean '{dotted((*key[:-1], close[0]))}'?"
     elsewhere = [name for name in _all_keys(_schema()) if name.rpartition(".")[2] == str(key[-1])]
     if elsewhere:
         return f" Did you mean '{elsewhere[0]}'?"

@@ -75,7 +75,7 @@ def test_percent_with_decimals_are_not_rounded_in_the_hint(tmp_path: Path) -> No
 def test_house_examples_of_messages(tmp_path: Path) -> None:
     text = "plan:\n  max_los_rise: 3\n  max_spam: 3\n  widths:\n    - 0.5\n    - 30\n"
     message = fault(tmp_path, text)
-    assert f"{tmp_path}/recipe.yaml:3: unknown key 'plan.max_spam'. Did you mean 'max_span'?" in message
+    assert f"{tmp_path}/recipe.yaml:3: unknown key 'plan.max_spam'. Did you mean 'plan.max_span'?" in message
     assert "recipe.yaml:6: plan.widths[1] must be a number in (0, 1], got 30. For 30 % write 0.30." in message
     assert "recipe.yaml:2: unknown key 'plan.max_los_rise'" in message
     assert message.startswith("3 faults")
@@ -161,7 +161,7 @@ def test_a_file_that_can_t_be_read(tmp_path: Path, missing: str) -> None:
             "--set budget.macs=55: budget.macs must be a number in (0, 1] or null, got 55. For 55 %",
         ),
         ("seed.x.y=1", "seed must be a whole number"),
-        ("plan.max_spam=1", "--set plan.max_spam=1: unknown key 'plan.max_spam'. Did you mean 'max_span'?"),
+        ("plan.max_spam=1", "--set plan.max_spam=1: unknown key 'plan.max_spam'. Did you mean 'plan.max_span'?"),
         ("data.normalize.mean=[0.4", "--set data.normalize.mean=[0.4: not valid YAML"),
         ("export.opset=!!python/name:os.system x", "has the YAML tag '!!python/name:os.system'"),
         ("plan={max_span: 0}", "plan.max_span must be a whole number > 0, got 0."),
