@@ -333,7 +333,7 @@ def _plan_of_student(run_dir: Path) -> Plan:
     plan = read_result(run_dir, "plan", Plan)
     keys = {record.stage: record.key for record in read_provenance(run_dir).stages}
     recipe = load_recipe(run_dir / RECIPE)
-    if not recorded(run_dir, "rewrite", surgery_depends(run_dir, keys["candidates"], keys["plan"], plan, recipe)):
+    if not recorded(run_dir, "rewrite", surgery_depends([run_dir], keys["candidates"], keys["plan"], plan, recipe)):
         raise RunFolderError(
             f"the plan in {run_dir} is not the plan that its student was made by",
             found="a plan that was made later, or by another version",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -83,20 +83,30 @@ def recorded(folder: Path, stage: str, depends: Mapping[str, Any]) -> bool:
     return any((record.stage, record.key) == (stage, key) for record in told.stages)
 
 
-def surgery_depends(folder: Path, candidates: str, key: str, plan: Plan, recipe: Recipe) -> dict[str, Any]:
-    """What merging depends on: what was decided, whichever budget led to it.
+def surgery_depends(folders: Sequence[Path], candidates: str, key: str, plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """What merging depends on: what was decided, whichever budget led to it, and the inputs that it is fitted on.
 
     Args:
-        folder: A run folder; what an earlier causal-compress made there still counts, by the plan's key.
+        folders: Where its result may be found; there it also counts under the plan's key, as it once was recorded.
         candidates: The key of what was measured.
         key: The plan's.
         plan: Its decisions.
         recipe: How representatives are refitted.
     """
+    decided = {
+        "candidates": candidates,
+        "decisions": plan.decisions,
+        "rewrite": recipe.rewrite,
+        "drawn": most_inputs(recipe),
+    }
     earlier = {"plan": key, "rewrite": recipe.rewrite}
-    if recorded(folder, "rewrite", earlier):
-        return earlier
-    return {"candidates": candidates, "decisions": plan.decisions, "rewrite": recipe.rewrite}
+    known = [depends for depends in (decided, earlier) if any(recorded(each, "rewrite", depends) for each in folders)]
+    return known[0] if known else decided
+
+
+def most_inputs(recipe: Recipe) -> int:
+    """How many calibration inputs surgery draws."""
+    return max(recipe.rewrite.inputs, recipe.prune.inputs)
 
 
 def _costs_of(budget: BudgetSection) -> BudgetSection:

@@ -112,6 +112,11 @@ class Run:
                 atomic_write_text(mark, key)
         return folder
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The folders in which a stage's result is looked for: this run's, then those that are reused."""
+        return (self.folder, *(folder for folder, _ in self._reusable))
+
     def reuse_also(self, folder: Path) -> None:
         """From now on, stages with the same key are copied from this run folder too. It is only read."""
         self._reusable.append((folder, read_provenance(folder).stages))

@@ -13,7 +13,7 @@ import torch
 
 from causal_compress.deploy.benchmark import Pair, count_agreement
 from causal_compress.deploy.runtimes import TorchRuntime
-from causal_compress.errors import BudgetError, NumericalError, SurgeryError
+from causal_compress.errors import BudgetError, NumericalError, RunFolderError, SurgeryError
 from causal_compress.inputs.data import augmentation
 from causal_compress.recipe import DistillSection, Recipe
 from causal_compress.results import Candidates, Pareto, RegionInfo, SearchPoint, TeacherScore
@@ -55,19 +55,24 @@ def settle(run: Run, recipe: Recipe, candidates: Candidates, regions: Sequence[R
         },
     )
     run.write_json("pareto.json", pareto)
-    for folder in _tried(run):
-        run.reuse_also(folder)
+    _reuse_tried(run, run)
     share = pareto.points[pareto.chosen].asked_macs
     return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": share})})
 
 
-def _tried(run: Run) -> list[Path]:
-    """Run folders of all sizes, those of the run that is reused among them.
+def _reuse_tried(search: Run, run: Run) -> None:
+    """Let a run take over what was done for any size of a search, those of the run that it reuses among them.
 
     One size shares its surgery however long it recovers, and two shares of MACs may lead to one network.
     """
-    folders = [run.folder] if run.reused is None else [run.folder, run.reused]
-    return [path.parent for each in folders for path in sorted((each / "points").glob("*/run.json"))]
+    folders = [search.folder] if search.reused is None else [search.folder, search.reused]
+    for path in (path for each in folders for path in sorted((each / "points").glob("*/run.json"))):
+        if path.parent == run.folder:
+            continue
+        try:
+            run.reuse_also(path.parent)
+        except RunFolderError as error:  # nobody asked for this folder by name
+            logger.warning("search: a size that was tried is not taken over: %s", error.what)
 
 
 def _folder(folder: Path, share: float, epochs: int) -> Path:
@@ -90,9 +95,7 @@ def attempt(run: Run, recipe: Recipe, share: float, epochs: int) -> SearchPoint:
     budget = recipe.budget.model_copy(update={"macs": share})
     point = recipe.model_copy(update={"budget": budget, "distill": distill})
     with open_run(_folder(run.folder, share, epochs), point, command=("search",), reuse=run.folder) as one:
-        for other in _tried(run):
-            if other != one.folder:
-                one.reuse_also(other)
+        _reuse_tried(run, one)
         known = understand(one, point, force=True)
         _, student = shrink_depth(one, point, known)
         log, student = shrink_width(one, point, known, student)

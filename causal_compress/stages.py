@@ -28,7 +28,7 @@ from causal_compress.files import sha256_of_json
 from causal_compress.inputs.callables import callable_sha256
 from causal_compress.inputs.data import Data, augmentation, load_data
 from causal_compress.inputs.models import checkpoint_sha256
-from causal_compress.planning import decide, surgery_depends
+from causal_compress.planning import decide, most_inputs, surgery_depends
 from causal_compress.provenance import place
 from causal_compress.recipe import Recipe
 from causal_compress.recover.distill import distill, resolve_device
@@ -169,8 +169,8 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
 
 def probe_of(recipe: Recipe, data: Data) -> Probe:
     """The calibration inputs on which candidates and surgery are fitted, and on which harm is read."""
-    refitted = max(recipe.rewrite.inputs, recipe.prune.inputs)
-    return draw_probe(data.calibration, data.features, recipe.plan, recipe.intervene, refitted, seed=recipe.seed)
+    most = most_inputs(recipe)
+    return draw_probe(data.calibration, data.features, recipe.plan, recipe.intervene, most, seed=recipe.seed)
 
 
 def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Student]:
@@ -181,7 +181,7 @@ def shrink_depth(run: Run, recipe: Recipe, known: Understood) -> tuple[Log, Stud
         student, changes, skips = rewrite(known.network, known.plan, front, recipe.rewrite)
         return write_log(scratch, "rewrite", student, known, (changes, skips), front.harm_kl)
 
-    depends = surgery_depends(run.folder, run.key_of("candidates"), run.key_of("plan"), known.plan, recipe)
+    depends = surgery_depends(run.sources, run.key_of("candidates"), run.key_of("plan"), known.plan, recipe)
     log = run.stage("rewrite", Log, work, depends=depends)
     return log, read_student(run, known, log.surgery, "rewrite.safetensors")
 

@@ -61,6 +61,22 @@ def test_an_error_comes_where_its_item_would_have_come() -> None:
     assert not threads()
 
 
+def test_what_nobody_waits_for_any_more_is_not_made() -> None:
+    made: list[int] = []
+
+    def slowly() -> Iterator[int]:
+        for number in range(20):
+            time.sleep(0.1)
+            made.append(number)
+            yield number
+
+    items = made_ahead(slowly(), count=8)
+    assert next(items) == 0
+    items.close()  # type: ignore[attr-defined]
+    assert len(made) <= 3
+    assert not threads()
+
+
 def test_items_are_made_while_others_are_in_use() -> None:
     def slowly() -> Iterator[int]:
         for number in range(8):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from report_sample_later import full_sample
 from small_runs import digits_recipe, train
 from test_search import point
 
-from causal_compress import stages
+from causal_compress import planning, stages
 from causal_compress.errors import BudgetError, NumericalError
 from causal_compress.explain.report import build_report
+from causal_compress.files import sha256_of_json
 from causal_compress.pipeline import compress
 from causal_compress.recipe import Recipe, SearchSection
-from causal_compress.results import Pareto, SearchPoint
+from causal_compress.results import Pareto, Plan, SearchPoint
 from causal_compress.runs import read_result
 from causal_compress.shrink.search import refuse_unsure, search
 
@@ -280,6 +282,44 @@ def test_another_search_takes_over_the_recoveries_of_an_earlier_one(
     first, second = ({path.name for path in (run / "points").iterdir()} for run in (old, tmp_path / "run"))
     assert first & second
     assert len(recoveries) == len(second - first)
+
+
+def test_recoveries_of_a_run_that_went_by_the_plans_key_are_taken_over(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recoveries: list[int]
+) -> None:
+    recipe = searched(weights, 3.0)
+    fixed = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"macs": 0.5})})
+    with monkeypatch.context() as before:
+        before.setattr(stages, "surgery_depends", lambda *given: {"plan": given[2], "rewrite": given[4].rewrite})
+        compress(fixed, tmp_path / "old")
+    assert recoveries == [3]
+    compress(fixed, tmp_path / "new", reuse=tmp_path / "old")
+    (tmp_path / "old" / "scorecard.json").unlink()
+    compress(fixed, tmp_path / "old")
+    assert recoveries == [3]
+
+
+def test_a_damaged_size_is_told_and_left_aside(
+    earlier: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, recoveries: list[int]
+) -> None:
+    weights, old = earlier
+    shutil.copytree(old, tmp_path / "old")
+    damaged = sorted((tmp_path / "old" / "points").iterdir())[0]
+    (damaged / "run.json").write_text("{")
+    recoveries.clear()
+    compress(searched(weights, 2.9), tmp_path / "run", reuse=tmp_path / "old")
+    assert "is damaged" in caplog.text
+    assert len(recoveries) <= 1
+
+
+def test_surgery_depends_on_the_inputs_that_are_drawn(earlier: tuple[Path, Path]) -> None:
+    """Pruning on more of them than merging draws other chunks for both."""
+    weights, old = earlier
+    recipe = searched(weights, 3.0)
+    more = recipe.model_copy(update={"prune": recipe.prune.model_copy(update={"inputs": recipe.rewrite.inputs + 64})})
+    plan = read_result(old, "plan", Plan)
+    one, other = (planning.surgery_depends([old], "measured", "planned", plan, each) for each in (recipe, more))
+    assert sha256_of_json(one) != sha256_of_json(other)
 
 
 def test_a_full_recovery_that_diverges_is_met_by_the_search_and_its_remedy_is_told(

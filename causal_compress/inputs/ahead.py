@@ -20,8 +20,11 @@ def made_ahead(items: Iterable[T], *, count: int = 2) -> Iterator[T]:
         count: How many are made before they are asked for, at most.
     """
     source, end = iter(items), object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
         waiting = deque(thread.submit(next, source, end) for _ in range(count))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, source, end))
             yield item  # type: ignore[misc]  # `end` is nobody else's
+    finally:
+        thread.shutdown(cancel_futures=True)
