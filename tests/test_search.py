@@ -96,6 +96,21 @@ def test_sizes_that_cannot_be_carried_out_count_as_too_small() -> None:
         search(lambda _: None, SearchSection(points=3), limit_pp=1.0, least=0.05)
 
 
+@pytest.mark.parametrize("limit", [0.3, 1.0, 1.5, 3.0])
+def test_where_few_plans_exist_no_network_is_tried_under_a_second_share(limit: float) -> None:
+    """Between the share that was asked for and the one that was found there is nothing else."""
+    networks = {0.72: 0.1, 0.35: 0.8, 0.21: 1.2, 0.1: 2.0, 0.06: 5.0}
+
+    def fewer(share: float) -> SearchPoint:
+        macs = max(size for size in networks if size <= share)
+        return replace(point(share, networks[macs]), macs=macs)
+
+    found = search(fewer, SearchSection(points=6), limit_pp=limit, least=0.06)
+    held = [p.macs for p in found.points if p.drop_pp <= limit]
+    assert len(held) == len(set(held))
+    assert found.points[found.chosen].macs == min(size for size, drop in networks.items() if drop <= limit)
+
+
 def test_no_point_below_what_is_possible() -> None:
     found = search(falling(lambda _: 0.0), SearchSection(points=8), limit_pp=1.0, least=0.4)
     assert all(p.asked_macs >= 0.4 for p in found.points)

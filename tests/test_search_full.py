@@ -262,14 +262,16 @@ def recoveries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_a_network_that_two_sizes_lead_to_recovers_once(weights: Path, recoveries: list[int], tmp_path: Path) -> None:
-    recipe = searched(weights, 3.0, points=4)
+def test_a_network_that_two_budgets_lead_to_recovers_once(weights: Path, recoveries: list[int], tmp_path: Path) -> None:
+    recipe = searched(weights, 3.0)
     depth_alone = recipe.plan.model_copy(update={"width": False, "low_rank": False})
-    compress(recipe.model_copy(update={"plan": depth_alone}), tmp_path / "run")
-    points = read_result(tmp_path / "run", "search", Pareto).points
-    networks = {(point.macs, point.epochs) for point in points}
-    assert len(networks) < len(points)
-    assert len(recoveries) == len(networks)
+    for share in (0.65, 0.55, 0.49):
+        budget = recipe.budget.model_copy(update={"macs": share})
+        one = recipe.model_copy(update={"plan": depth_alone, "budget": budget})
+        compress(one, tmp_path / str(share), reuse=None if share == 0.65 else tmp_path / "0.65")
+    plans = [read_result(tmp_path / share, "plan", Plan) for share in ("0.65", "0.55", "0.49")]
+    assert plans[0].decisions == plans[1].decisions != plans[2].decisions
+    assert recoveries == [3, 3]
 
 
 @pytest.mark.parametrize(("limit", "section"), [(3.0, {"points": 3}), (1.0, {})])

@@ -47,6 +47,12 @@ class _Size:
     whole: SearchPoint | None = None
     impossible: bool = False
 
+    @property
+    def reached(self) -> float:
+        """Its share or, where few plans exist and far fewer MACs are left, theirs: between both is the same network."""
+        found = self.whole or self.short
+        return self.share if found is None or found.macs * _NEAR > self.share else _rounded(found.macs)
+
     def points(self, known: Sequence[_Size]) -> list[SearchPoint]:
         """Its points, the short one with the drop that is expected in the end; the last of them is what counts."""
         short, whole = self.short, self.whole
@@ -118,10 +124,12 @@ class _Search:
         fails, holds = self.least, 1.0
         share = first_share(self.least)
         for _ in range(self.section.points):
-            fails, holds = (fails, share) if self._try_briefly(share) else (share, holds)
+            fails, holds = (fails, self.sizes[-1].reached) if self._try_briefly(share) else (share, holds)
             if fails >= holds:  # nothing lies between: not even the largest size holds, or it is the only one
                 break
-            lost = {1.0: 0.0} | {size.share: self._lost(size) for size in self.sizes}
+            lost = {1.0: 0.0}
+            for size in self.sizes:
+                lost |= dict.fromkeys((size.share, size.reached), self._lost(size))
             share = _between((fails, holds), (lost.get(fails, math.inf), lost[holds]), self.limit_pp)
             if min(holds / fails, (holds / share) ** 2) < _NEAR:  # halving reaches both at once
                 break
@@ -185,16 +193,17 @@ class _Search:
         """
         holds, fails = self._ends()
         low = self.least if fails is None else fails.share
-        if holds.share / low < _NEAR:
+        upper = holds.reached
+        if upper / low < _NEAR:
             return None
         worst = math.inf if fails is None else self._lost(fails)
-        share = _between((low, holds.share), (worst, self._lost(holds)), self.limit_pp)
+        share = _between((low, upper), (worst, self._lost(holds)), self.limit_pp)
         if worst > _WITHIN_REACH * self.limit_pp:
-            there = [size.share for size in self.sizes if low * _NEAR <= size.share <= holds.share / _NEAR]
+            there = [size.share for size in self.sizes if low * _NEAR <= size.share <= upper / _NEAR]
             if fails is None and not there:  # nothing smaller has failed
                 return None
             share = min(there, key=lambda other: abs(math.log(other / share)), default=share)
-        return share if (holds.share / share) ** 2 >= _NEAR else None
+        return share if (upper / share) ** 2 >= _NEAR else None
 
     def _last(self, size: _Size) -> SearchPoint:
         return size.points(self.sizes)[-1]
