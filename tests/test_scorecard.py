@@ -97,6 +97,13 @@ def test_costs_are_judged(key, limit, expected):
     assert "0.5000" in reasons[0]
 
 
+def test_small_shares_keep_their_digits():
+    rows = [row("teacher", params=57_044_810), student(params=5_609)]
+    outcome, (reason,) = verdict(rows, BudgetSection(params=0.0001))
+    assert outcome == "PASS"
+    assert reason.startswith("9.83e-05 of the teacher's parameters kept (5,609 of 57,044,810)")
+
+
 def test_latency_is_judged_on_int8_where_that_was_chosen():
     rows = [
         row("teacher", runtime="onnxruntime"),

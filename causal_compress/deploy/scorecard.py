@@ -167,7 +167,8 @@ def _judge_share(what: str, kept: int, whole: int, limit: float) -> _Judged:
     share = kept / whole if whole else 0.0
     met = kept <= limit * whole
     # One digit more than the limit needs, so that a near miss does not read as met.
-    text = f"{share:.4f} of the teacher's {what} kept ({kept:,} of {whole:,}); the budget allows {limit:g}"
+    told = f"{share:.4f}" if share >= 0.01 or share == 0 else f"{share:.3g}"
+    text = f"{told} of the teacher's {what} kept ({kept:,} of {whole:,}); the budget allows {limit:g}"
     return ("PASS", text) if met else ("FAIL", text + ": missed")
 
 
