@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from over_seeds import over_seeds, together
 from safetensors.torch import save_file
 from torch import nn
 
@@ -37,6 +38,7 @@ from causal_compress.shipped import find_recipe
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 4, 256, 0.03, 0.9, 5e-4
 SIDE = 96
+SETTINGS = ("pixels", "rotation", "zoom", "optimizer", "intervened_share", "epochs")
 
 
 def recipe_for(data: Path, weights: Path, kept: float, epochs: int, seed: int, threads: int | None = None) -> Recipe:
@@ -136,10 +138,6 @@ def measure(given: argparse.Namespace, work: Path, removed_pct: float, seed: int
     }
 
 
-def _name(row: dict[str, Any]) -> tuple[int, float]:
-    return row["seed"], row["target_removed_pct"]
-
-
 def _folder(work: Path, removed_pct: float, seed: int) -> Path:
     return work / f"run-{removed_pct:g}-{seed}"
 
@@ -158,8 +156,7 @@ def main() -> None:
     given = parser.parse_args()
     shown = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # paths of one machine help nobody
     content = {"schema": 1, "machine": machine(), "command": " ".join(["python benchmarks/alexnet_mnist.py", *shown])}
-    before = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.exists() else []
-    kept = {_name(row): row for row in before}
+    rows = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -169,9 +166,9 @@ def main() -> None:
                     continue
                 row = measure(given, work, share, seed)
                 print(row, flush=True)
-                kept[_name(row)] = row
-                rows = sorted(kept.values(), key=_name)
-                atomic_write_text(given.out, json.dumps({**content, "rows": rows}, indent=1) + "\n")
+                rows = together(rows, [row])
+                result = {**content, "rows": rows, "over_seeds": over_seeds(rows, SETTINGS)}
+                atomic_write_text(given.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

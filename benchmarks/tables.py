@@ -171,7 +171,7 @@ def _cell(value: Any, key: str = "") -> str:
 def _number(value: float, words: Sequence[str]) -> str:
     """Four digits; accuracies and points to the hundredth, which is one input of 10,000."""
     if {"pp", "accuracy", "validation"} & set(words):
-        return f"{value:.2f}"
+        return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
     if 99 < value < 100:
         return f"{value:,.5g}"  # a share in percent: what is left of it counts
     return f"{value:.2e}" if value and abs(value) < 1e-3 else f"{value:,.4g}"

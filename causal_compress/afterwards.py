@@ -151,7 +151,7 @@ def gate_run(run: Path, limits: Limits) -> Gated:
             f"{file} is no scorecard",
             found=error.errors(include_url=False)[0]["msg"],
             remedy="give a run folder, or what causal-compress benchmark RUN --json prints for one run "
-            "without --precision, --data and --recipe",
+            "without --precision, --data, --recipe and settings other than benchmark.*",
         ) from error
 
 

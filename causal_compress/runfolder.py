@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -15,9 +17,12 @@ from pathlib import Path
 from causal_compress.errors import RunFolderError
 
 logger = logging.getLogger(__name__)
+RECORD = "run.json"
+"""The record of all stages of a run."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_A_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_LEFT_BEHIND = re.compile(r"\.lock|\.partial-.*|\.progress-.*|\..*\.tmp")
 UNUSABLE = (*_FULL, *_FORBIDDEN)
 """Error numbers that are never our bug: a full disk, no permission."""
 
@@ -55,6 +60,51 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise folder_error(folder, error) from error
+
+
+def refuse_foreign(folder: Path, *, but: str) -> None:
+    """Refuses a folder that holds what no run has left there before its first record.
+
+    Args:
+        folder: One without a record of runs.
+        but: The file that a run writes before its first record.
+
+    Raises:
+        RunFolderError: It holds something else.
+    """
+    foreign = sorted(
+        path.name for path in folder.iterdir() if path.name != but and not _LEFT_BEHIND.fullmatch(path.name)
+    )
+    if foreign:
+        raise RunFolderError(
+            f"{folder} is not empty and not a run folder",
+            found=", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else ""),
+            wanted="a new folder, an empty one, or one that causal-compress began",
+            remedy="give another --out",
+        )
+
+
+def refuse_run(folder: Path) -> None:
+    """Refuses a run's folder as the place for something else, whose files would take the place of the run's own.
+
+    Raises:
+        RunFolderError: It is one.
+    """
+    if (folder / RECORD).exists():
+        raise RunFolderError(
+            f"{folder} holds a run",
+            found=RECORD,
+            wanted="a folder of its own",
+            remedy="give another --out",
+        )
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed run has left behind, except the progress of its stage."""
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def folder_error(folder: Path, error: OSError) -> RunFolderError:

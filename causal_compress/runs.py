@@ -37,15 +37,13 @@ from causal_compress.recipe import Recipe
 from causal_compress.recipe_differences import refuse_another
 from causal_compress.recipe_file import recipe_sha256, recipe_yaml
 from causal_compress.results import Provenance, StageRecord
-from causal_compress.runfolder import disk_errors, folder_error, locked
+from causal_compress.runfolder import RECORD, disk_errors, folder_error, locked, refuse_foreign, sweep
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 _RECIPE = "recipe.resolved.yaml"
-_RUN = "run.json"
 _UNBOUND = {"teacher"}  # after it a teacher near chance is refused, and the remedy is another recipe
-_OURS = re.compile(r"\.lock|\.partial-.*|\.progress-.*|\..*\.tmp|" + re.escape(_RECIPE))
 
 
 class Run:
@@ -62,6 +60,7 @@ class Run:
         self.reused = reuse
         self._reusable = [(reuse, read_provenance(reuse).stages)] if reuse else []
         self._keys: dict[str, str] = {}
+        self._last: tuple[str, str] | None = None
 
     def stage(self, name: str, result_type: type[T], compute: Callable[[Path], T], *, depends: Mapping[str, Any]) -> T:
         """Reads a stage's result back if everything it depends on is as before, else computes and records it.
@@ -88,6 +87,7 @@ class Run:
         if not found:
             self._compute(name, key, reader, compute)
         with disk_errors(self.folder):
+            self._chain(name, key)
             shutil.rmtree(self._progress_folder(name), ignore_errors=True)
             return reader.validate_json((self.folder / f"{name}.json").read_bytes())
 
@@ -206,7 +206,7 @@ class Run:
         """Moves all files of a scratch folder into the run folder; returns their names with fingerprints."""
         name = scratch.name.removeprefix(".partial-")
         others = [record for record in self._provenance.stages if record.stage != name]
-        taken = {_RUN, _RECIPE, *(file for record in others for file in record.files)}
+        taken = {RECORD, _RECIPE, *(file for record in others for file in record.files)}
         moved = {}
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             file = path.relative_to(scratch).as_posix()
@@ -227,9 +227,17 @@ class Run:
         for file in {file for other in old for file in other.files} - kept:
             (self.folder / file).unlink(missing_ok=True)
 
+    def _chain(self, name: str, key: str) -> None:
+        """Notes which stage this run has been through before; what an earlier run left behind it is not of this run."""
+        stages = self._provenance.stages
+        record = _find(stages, name, key)
+        if record is not None and record.after != self._last:
+            self._save(stages=tuple(replace(each, after=self._last) if each is record else each for each in stages))
+        self._last = (name, key)
+
     def _save(self, **changes: Any) -> None:
         self._provenance = replace(self._provenance, **changes)
-        self.write_json(_RUN, self._provenance)
+        self.write_json(RECORD, self._provenance)
 
 
 @contextmanager
@@ -252,14 +260,15 @@ def open_run(run_dir: Path, recipe: Recipe, *, command: Sequence[str], reuse: Pa
         reuse = None
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(folder)
+        if not (folder / RECORD).exists():
+            refuse_foreign(folder, but=_RECIPE)
     with locked(folder, command=command):
         with disk_errors(folder):
             provenance = _provenance(folder, recipe, tuple(command))
             run = Run(folder, provenance, reuse)
-            _sweep(folder)
+            sweep(folder)
             run.write_text(_RECIPE, recipe_yaml(recipe))
-            run.write_json(_RUN, provenance)
+            run.write_json(RECORD, provenance)
         yield run
 
 
@@ -270,7 +279,7 @@ def read_provenance(folder: Path) -> Provenance:
         RunFolderError: It is no run folder, or run.json is damaged.
     """
     try:
-        return TypeAdapter(Provenance).validate_json((folder / _RUN).read_bytes())
+        return TypeAdapter(Provenance).validate_json((folder / RECORD).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunFolderError(
             f"{folder} is not a run folder",
@@ -280,7 +289,7 @@ def read_provenance(folder: Path) -> Provenance:
         ) from error
     except ValidationError as error:
         raise RunFolderError(
-            f"{folder / _RUN} is damaged, so no result in this folder can be traced or resumed",
+            f"{folder / RECORD} is damaged, so no result in this folder can be traced or resumed",
             found=error.errors(include_url=False)[0]["msg"],
             wanted="the JSON that causal-compress wrote",
             remedy="restore the file, or give another --out",
@@ -291,14 +300,22 @@ def read_result(folder: Path, name: str, result_type: type[T]) -> T:
     """Reads the result of a finished stage from a run folder, without opening it for writing.
 
     Raises:
-        RunFolderError: It is no run folder, or the stage is not finished, or its files were changed since.
+        RunFolderError: It is no run folder, or the stage is not finished, or its files were changed since, or a later
+            run has made an earlier stage anew and did not come as far as this one.
     """
-    record = _find(read_provenance(folder).stages, name, None)
+    stages = read_provenance(folder).stages
+    record = _find(stages, name, None)
     reader = TypeAdapter(result_type)
     if record is None or not _is_sound(folder, record, reader):
         raise RunFolderError(
             f"{folder} holds no finished stage '{name}'",
             found="no record of it in run.json" if record is None else "files that are missing, damaged or changed",
+            remedy="run the compress command on this folder again: it computes only what is missing",
+        )
+    if (anew := _made_anew(stages, record)) is not None:
+        raise RunFolderError(
+            f"the stage '{name}' in {folder} is of an earlier run than what lies beside it",
+            found=f"'{anew}' was made anew since, by a run that did not end",
             remedy="run the compress command on this folder again: it computes only what is missing",
         )
     return reader.validate_json((folder / f"{name}.json").read_bytes())
@@ -307,7 +324,7 @@ def read_result(folder: Path, name: str, result_type: type[T]) -> T:
 def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Provenance:
     """The run's provenance: a new one, or the folder's own with this command, machine and versions."""
     fingerprint, now = recipe_sha256(recipe), versions()
-    old = read_provenance(folder) if (folder / _RUN).exists() else None
+    old = read_provenance(folder) if (folder / RECORD).exists() else None
     kept = () if old is None else old.stages
     if old is None or {record.stage for record in kept} <= _UNBOUND:  # no work yet that another recipe would spoil
         return Provenance(
@@ -327,27 +344,6 @@ def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Prove
     return replace(old, command=command, recipe_sha256=fingerprint, versions=now, machine=machine())
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if (folder / _RUN).exists():
-        return
-    foreign = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
-    if foreign:
-        raise RunFolderError(
-            f"{folder} is not empty and not a run folder",
-            found=", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else ""),
-            wanted="a new folder, an empty one, or one that causal-compress began",
-            remedy="give another --out",
-        )
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a killed run has left behind, except the progress of its stage."""
-    for path in folder.glob(".partial-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def _empty(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -356,6 +352,18 @@ def _empty(folder: Path) -> Path:
 
 def _find(stages: Sequence[StageRecord], name: str, key: str | None) -> StageRecord | None:
     return next((record for record in stages if record.stage == name and key in (None, record.key)), None)
+
+
+def _made_anew(stages: Sequence[StageRecord], record: StageRecord) -> str | None:
+    """The nearest stage before this one that is another one now; None where all are those that it came after."""
+    seen = {record.stage}
+    while record.after is not None and record.after[0] not in seen:
+        before = _find(stages, *record.after)
+        if before is None:
+            return record.after[0]
+        seen.add(before.stage)
+        record = before
+    return None
 
 
 def _is_sound(folder: Path, record: StageRecord, reader: TypeAdapter[Any]) -> bool:

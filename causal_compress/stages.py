@@ -130,7 +130,6 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
     data = load_data(recipe.data, seed=recipe.seed)
     network = open_network(recipe, data)
     whole_regions(recipe.plan.undo, network.chain().regions)  # a node that is not there is refused before any work
-    run.note_inputs(checkpoint_sha256=checkpoint_sha256(recipe.model), data_sha256=data.fingerprint)
     inputs = {
         "weights": weights_sha256(network.graph),
         "structure": structure_sha256(network.graph),
@@ -139,6 +138,7 @@ def understand(run: Run, recipe: Recipe, *, force: bool, settle: Settle | None =
     }
 
     teacher = run.stage("teacher", TeacherScore, lambda _: score_teacher(network, data), depends=inputs)
+    run.note_inputs(checkpoint_sha256=checkpoint_sha256(recipe.model), data_sha256=data.fingerprint)
     refuse_near_chance(teacher, recipe.data, force=force)
     effects = run.stage(
         "intervene",
@@ -261,7 +261,8 @@ def deploy(run: Run, recipe: Recipe, known: Understood, student: Student) -> Exp
 
     def work(scratch: Path) -> Exported:
         save_weights(student.graph, scratch / WEIGHTS)
-        return export(student.graph, known.network.teacher, known.data, recipe.export, scratch)
+        exported = export(student.graph, known.network.teacher, known.data, recipe.export, scratch)
+        return replace(exported, classes=known.data.classes, encoding_sha256=known.data.encoding_sha256)
 
     exported = run.stage("export", Exported, work, depends={before: run.key_of(before), "export": recipe.export})
     run.write_json(SURGERY, {"schema": 1, "input_shape": known.data.input_shape, "surgery": student.surgery})

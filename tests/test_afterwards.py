@@ -151,7 +151,20 @@ def test_given_data_measure_no_run_that_wants_them_otherwise(finished, otherwise
     rows, told = measured(finished, otherwise, data=recipe)
     assert rows["run student"][1] is not None
     assert rows["otherwise teacher"] == rows["otherwise student"] == (None, None)
-    assert "mean=[9.0" in told[0]
+    assert "mean=[9.0" in told[-1]
+
+
+def test_rows_in_another_encoding_measure_no_run(finished, tmp_path):
+    """Means and standard deviations come from the training rows of whatever table is given."""
+    lines = (finished.parent / "data.csv").read_text().splitlines()
+    (tmp_path / "new.csv").write_text("\n".join([lines[0], *lines[300:]]) + "\n")
+    recipe = load_recipe(finished / afterwards.RECIPE, [f"data.source=csv:{tmp_path / 'new.csv'}"])
+    rows, told = measured(finished, data=recipe)
+    assert rows["run teacher"] == rows["run student"] == (None, None)
+    assert "come from other rows than in run" in told[-1]
+    rows, told = measured(finished, data=load_recipe(finished / afterwards.RECIPE))
+    assert rows["run student"][1] is not None
+    assert told == ["accuracy: on 120 of 600 given inputs, the test split of the given data"]
 
 
 def test_a_second_run_without_its_data_is_timed_without_accuracy(finished, otherwise, tmp_path):

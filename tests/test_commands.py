@@ -15,6 +15,7 @@ from test_cli import scorecard
 
 from causal_compress.cli import main
 from causal_compress.commands import finished
+from causal_compress.commands.shared import refuse_several_processes
 from causal_compress.deploy.gate import Limits
 from causal_compress.errors import RunFolderError
 from causal_compress.explain.paired import by_group
@@ -121,4 +122,18 @@ def test_a_file_that_is_no_scorecard_is_answered_with_what_prints_one(tmp_path: 
     (tmp_path / "table.json").write_text('{"targets": []}', encoding="utf-8")
     with pytest.raises(RunFolderError) as refusal:
         gate_run(tmp_path / "table.json", Limits())
-    assert "benchmark RUN --json prints for one run without --precision, --data and --recipe" in refusal.value.remedy
+    wanted = "benchmark RUN --json prints for one run without --precision, --data, --recipe and settings other than"
+    assert wanted in refusal.value.remedy
+
+
+@pytest.mark.parametrize("command", ["compress", "analyze"])
+def test_several_processes_are_refused_before_they_fight_for_the_folder(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = ["--arch", "torchvision:resnet18", "--data", "sklearn:digits", "--out", str(tmp_path / "run")]
+    assert main([command, *given]) == 2
+    assert "WORLD_SIZE=2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_several_processes()

@@ -254,6 +254,15 @@ def test_contrast_sees_units_and_effects(explainer, network, table):
     assert same.parts_at is None
 
 
+def test_a_run_keeps_its_folder_to_itself(csv, tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "recipe.resolved.yaml").write_text("the run's own\n")
+    given = ["--arch", f"{__file__}:sum_net", "--data", f"csv:{csv}", "--set", "data.target=label"]
+    assert main(["counterfactual", "train", *given, "--out", str(tmp_path), "-q"]) == 1
+    assert "holds a run" in capsys.readouterr().err
+    assert (tmp_path / "recipe.resolved.yaml").read_text() == "the run's own\n"
+
+
 def test_the_commands_train_and_show(csv, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -313,3 +313,32 @@ def test_labels_that_only_decoding_shows_name_a_broken_image(tmp_path: Path, mon
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Decoded)
     assert "CIFAR10[0] can't be decoded" in fault(f"torchvision:CIFAR10:{tmp_path}")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_images_that_torchvision_decodes_have_a_fingerprint(
+    listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(40):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index:02}.png")
+
+    class Decoded:
+        def __init__(self, root: str, train: bool) -> None:
+            self.root, self.train = root, train
+            self.files = sorted(Path(root).glob("*.png"))[:30] if train else sorted(Path(root).glob("*.png"))[30:]
+            self.labels = [index % 2 for index in range(len(self.files))]
+            if listed:
+                self._image_files = self.files
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.open(self.files[index]), self.labels[index]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Decoded)
+    source = f"torchvision:CIFAR10:{tmp_path}"
+    first = load(source).fingerprint
+    assert load(source).fingerprint == first
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(tmp_path / "07.png")
+    assert load(source).fingerprint != first

@@ -13,6 +13,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts are no package
 
 import alexnet_mnist
+import over_seeds
 import resnet56
 import resnet_cifar10
 
@@ -47,6 +48,34 @@ def test_rows_of_other_processors_stay_and_name_theirs() -> None:
     again = resnet56.together({"machine": {"cpu": "B"}, "rows": found}, [row("speed", 90.5, asked=0.5, cpu="B")])
     assert [r["accuracy_pct"] for r in again] == [91.0, 90.5, 89.0]
     assert resnet56.together({}, [row("speed", 90.0, cpu="B")]) == [row("speed", 90.0, cpu="B")]
+
+
+def test_seeds_of_one_size_and_one_setting_have_a_mean() -> None:
+    def row(size: float, seed: int, drop: float, epochs: int = 25) -> dict[str, Any]:
+        return {
+            "target_removed_pct": size,
+            "seed": seed,
+            "epochs": epochs,
+            "params": 10 + seed,
+            "accuracy_pct": 99.0 - drop,
+            "drop_pp": drop,
+        }
+
+    before = [row(99.0, 0, 5.0), row(99.0, 1, 0.3), row(99.9, 0, 1.0), row(99.0, 7, 9.0, epochs=5)]
+    rows = over_seeds.together(before, [row(99.0, 0, 0.1), row(99.0, 2, -0.1)])
+    assert [(r["target_removed_pct"], r["seed"], r["drop_pp"]) for r in rows] == [
+        (99.0, 0, 0.1),
+        (99.0, 1, 0.3),
+        (99.0, 2, -0.1),
+        (99.0, 7, 9.0),
+        (99.9, 0, 1.0),
+    ]
+    (mean,) = over_seeds.over_seeds(rows, ("epochs",))
+    assert (mean["target_removed_pct"], mean["epochs"], mean["seeds"], mean["most_params"]) == (99.0, 25, 3, 12)
+    assert mean["accuracy_pct"] == pytest.approx(98.9)
+    assert (mean["drop_pp"], mean["largest_drop_pp"]) == (pytest.approx(0.1), 0.3)
+    # Three numbers 0.2 apart: a standard error of 0.2 / sqrt(3), and t(0.975; 2) = 4.303 from a table.
+    assert mean["drop_over_seeds_ci_pp"] == pytest.approx([0.1 - 4.303 * 0.11547, 0.1 + 4.303 * 0.11547], abs=1e-4)
 
 
 def test_students_of_alexnet_learn_from_turned_images_and_its_teacher_does_not(

@@ -229,6 +229,36 @@ def test_results_are_read_without_opening(tmp_path):
         read_result(tmp_path, "rewrite", Skip)
 
 
+def carry_out(folder, **depends):
+    """A run through so many stages, each of which depends on what is given for it alone."""
+    with opened(folder) as run:
+        for name, value in depends.items():
+            run.stage(name, Accuracy, lambda _: ACCURACY, depends={"on": value})
+
+
+def test_what_an_earlier_run_left_is_not_read_as_the_new_ones(tmp_path):
+    carry_out(tmp_path, teacher=1, export=1, benchmark=1)
+    carry_out(tmp_path, teacher=2)  # and then it was interrupted
+    assert read_result(tmp_path, "teacher", Accuracy) == ACCURACY
+    for stage in ("export", "benchmark"):
+        with pytest.raises(RunFolderError, match=f"'{stage}'.*is of an earlier run") as refusal:
+            read_result(tmp_path, stage, Accuracy)
+        assert "'teacher' was made anew" in refusal.value.found
+    carry_out(tmp_path, teacher=2, export=1)  # the same student as before, as it turned out
+    for stage in ("export", "benchmark"):
+        assert read_result(tmp_path, stage, Accuracy) == ACCURACY
+
+
+def test_a_folder_from_before_stages_named_the_one_before_is_read(tmp_path):
+    carry_out(tmp_path, teacher=1, export=1)
+    record = json.loads((tmp_path / "run.json").read_text())
+    for stage in record["stages"]:
+        assert stage.pop("after", "absent") != "absent"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    carry_out(tmp_path, teacher=2)
+    assert read_result(tmp_path, "export", Accuracy) == ACCURACY
+
+
 def test_fingerprints():
     assert sha256_of_json({"a": 1, "b": [2.5, None]}) == sha256_of_json({"b": (2.5, None), "a": 1})
     assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})

@@ -13,6 +13,7 @@ from causal_compress.commands.shared import (
     chosen_recipe,
     command_line,
     finish,
+    refuse_several_processes,
     takes_inputs,
     talks,
 )
@@ -24,6 +25,7 @@ from causal_compress.console import show_plan, tell_lines
 @talks
 def compress(*, out: Path, reuse: Path | None, force: bool, as_json: bool, **inputs: Any) -> int:
     """Compresses a checkpoint, verifies and reports it."""
+    refuse_several_processes()
     recipe = chosen_recipe(**inputs)  # before torch is loaded: a wrong recipe is refused at once
 
     from causal_compress.pipeline import compress as carry_out
@@ -37,6 +39,7 @@ def compress(*, out: Path, reuse: Path | None, force: bool, as_json: bool, **inp
 @talks
 def analyze(*, out: Path, reuse: Path | None, force: bool, as_json: bool, **inputs: Any) -> None:
     """Shows what would be done, its size and its harm; trains nothing."""
+    refuse_several_processes()
     recipe = chosen_recipe(**inputs)
 
     from causal_compress.pipeline import analyze as look_ahead

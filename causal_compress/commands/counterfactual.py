@@ -49,9 +49,11 @@ def train(*, out: Path, force: bool, as_json: bool, **inputs: Any) -> None:
     from causal_compress.recipe import CounterfactualSection
     from causal_compress.recipe_file import recipe_yaml
     from causal_compress.recover.distill import resolve_device
+    from causal_compress.runfolder import refuse_run
     from causal_compress.stages import numerics
     from causal_compress.understand.teacher import refuse_near_chance, score_teacher
 
+    refuse_run(out)
     make_folder(out)
     section = recipe.counterfactual or CounterfactualSection()
     with numerics(recipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -60,6 +61,22 @@ def takes_inputs(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def refuse_several_processes() -> None:
+    """Refuses a start by torchrun or `accelerate launch` with several processes, before they fight for the folder.
+
+    Raises:
+        UsageError: There are more than one.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1:
+        raise UsageError(
+            "a run is the work of one process",
+            found=f"WORLD_SIZE={count}: started by torchrun or accelerate launch",
+            wanted="one process, which uses the cores and the device that the recipe names",
+            remedy="start causal-compress by itself",
+        )
 
 
 def chosen_recipe(

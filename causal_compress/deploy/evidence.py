@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from causal_compress.deploy.bundle import read_inputs
 from causal_compress.deploy.targets import Entry, input_shape, is_package, name_of, read_package
@@ -17,14 +18,15 @@ from causal_compress.errors import CausalCompressError, UsageError
 from causal_compress.inputs.data import Data, Split, load_data
 from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
-from causal_compress.results import Package
+from causal_compress.results import Exported, Package
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
-_RECIPE = "recipe.resolved.yaml"
+_RECIPE, _EXPORT = "recipe.resolved.yaml", "export.json"
 _PREPARING = ("normalize", "image_size", "channels", "target_groups", "categorical")
 _COMPARED = 256
+_MOST_TOLD = 10
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,20 @@ def given_evidence(entries: Sequence[Entry], batch: int, recipe: Recipe) -> Evid
     Args:
         entries: What is measured.
         batch: How many inputs for timing.
-        recipe: Names the data, and how they are prepared.
+        recipe: Names the data, and how they are prepared. Data that lack some of the classes get the labels that these
+            have where the targets come from.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    given = _of_split(data.test, batch)
+    folders = _by_folder(entries)
+    classes = _common_classes(data, [_classes_of(folder) for folder in folders])
+    given = _of_split(data.test, batch, np.array([classes.index(name) for name in data.classes]))
     own: dict[Path, Evidence] = {}
     notes = []
-    for folder, theirs in _by_folder(entries).items():
-        if found := _otherwise(folder, recipe, data):
+    if data.test.rows is data.train.rows:  # of a source without a test part of its own
+        count = sum(len(split) for split in (data.train, data.calibration, data.validation, data.test))
+        notes.append(f"accuracy: on {len(data.test):,} of {count:,} given inputs, the test split of the given data")
+    for folder, theirs in folders.items():
+        if found := _otherwise(folder, recipe, replace(data, classes=classes)):
             own |= {entry.file.path: Evidence(given.first) for entry in theirs}
             notes.append(f"{_names(theirs)}: no accuracy, because the given data are prepared otherwise: {found}")
     return replace(given, own=own, notes=tuple(notes))
@@ -168,11 +176,13 @@ def _brought(folder: Path, batch: int, data_of: Callable[[Path], Data]) -> _Brou
     return _Brought(Evidence(x, batches, expected), package, None)
 
 
-def _of_split(split: Split, batch: int) -> Evidence:
+def _of_split(split: Split, batch: int, labels: Labels | None = None) -> Evidence:
+    """A split's inputs and labels; `labels` are what stands for each of its own instead."""
     first = next(split.batches(batch))[0].numpy()
+    size = min(256, max(1, 2**20 // first[0].size))
 
     def batches() -> Iterator[tuple[Array, Labels]]:
-        return ((x.numpy(), y.numpy()) for x, y in split.batches(min(256, max(1, 2**20 // first[0].size))))
+        return ((x.numpy(), y.numpy() if labels is None else labels[y.numpy()]) for x, y in split.batches(size))
 
     return Evidence(first, batches)
 
@@ -207,6 +217,28 @@ def _same_inputs(split: Split, x: Array) -> bool:
     return found.shape == x.shape and bool(np.allclose(found, x, rtol=1e-4, atol=1e-5))
 
 
+def _common_classes(data: Data, known: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
+    """The classes of all targets, if these agree and the data bring no others; else the data's own."""
+    agreed = {classes for classes in known if classes is not None}
+    (common,) = agreed if len(agreed) == 1 else (data.classes,)
+    return common if set(data.classes) <= set(common) else data.classes
+
+
+def _classes_of(folder: Path) -> tuple[str, ...] | None:
+    if is_package(folder):
+        return read_package(folder).classes
+    exported = _exported(folder)
+    return None if exported is None else exported.classes
+
+
+def _exported(folder: Path) -> Exported | None:
+    """What a run says of its outputs and inputs; None where it doesn't: an older run, or parts of one."""
+    try:
+        return TypeAdapter(Exported).validate_json((folder / _EXPORT).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 def _otherwise(folder: Path, recipe: Recipe, data: Data) -> str:
     """In what a run or package wants its inputs prepared otherwise than a recipe says; empty if in nothing."""
     here: dict[str, Any]
@@ -216,8 +248,23 @@ def _otherwise(folder: Path, recipe: Recipe, data: Data) -> str:
         here |= {name: value and tuple(value) for name, value in (("mean", normalize.mean), ("std", normalize.std))}
         there = {name: getattr(package, name) for name in here}
     else:
-        section = load_recipe(folder / _RECIPE).data
+        section, exported = load_recipe(folder / _RECIPE).data, _exported(folder)
         here = {name: getattr(recipe.data, name) for name in _PREPARING}
         there = {name: getattr(section, name) for name in _PREPARING}
+        if exported is not None and exported.classes is not None:
+            here |= {"classes": data.classes, "encoding": data.encoding_sha256}
+            there |= {"classes": exported.classes, "encoding": exported.encoding_sha256}
     different = [name for name in here if here[name] != there[name]]
-    return "; ".join(f"{name} {here[name]} here, {there[name]} in {name_of(folder)}" for name in different)
+    return "; ".join(_told(name, here[name], there[name], name_of(folder)) for name in different)
+
+
+def _told(name: str, here: Any, there: Any, where: str) -> str:
+    if name == "encoding":
+        return f"means, standard deviations and categories of the columns come from other rows than in {where}"
+    return f"{name} {_shortened(here)} here, {_shortened(there)} in {where}"
+
+
+def _shortened(value: Any) -> str:
+    if not isinstance(value, tuple) or len(value) <= _MOST_TOLD:
+        return str(value)
+    return f"({', '.join(map(repr, value[:_MOST_TOLD]))}, ... {len(value):,} in all)"

@@ -103,7 +103,10 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Four disjoint splits of one source; `fingerprint` is the sha256 over contents, split and preprocessing."""
+    """Four disjoint splits of one source; `fingerprint` is the sha256 over contents, split and preprocessing.
+
+    `encoding_sha256` tells how a table's rows became numbers; images have none.
+    """
 
     train: Split
     calibration: Split
@@ -115,6 +118,7 @@ class Data:
     input_shape: tuple[int, ...]
     example_input: Tensor
     fingerprint: str
+    encoding_sha256: str | None = None
 
     @property
     def copied_channels(self) -> int:
@@ -147,7 +151,8 @@ def load_data(section: DataSection, *, seed: int) -> Data:
         DataError: data that can't be read or used.
 
     Limits:
-        The fingerprint of image files covers their names, sizes and first 64 KiB each, not every byte.
+        The fingerprint of image files covers their names, sizes and first 64 KiB each, not every byte; a data set of
+        torchvision that neither holds its images nor lists their files is decoded for it.
     """
     source = open_source(section)
     if len(source.classes) < 2:
@@ -179,6 +184,7 @@ def load_data(section: DataSection, *, seed: int) -> Data:
         input_shape=tuple(example.shape[1:]),
         example_input=example,
         fingerprint=_fingerprint(source, section, parts, pool, test),
+        encoding_sha256=None if encoding is None else encoding.sha256,
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from causal_compress.recipe import DataSection
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 _HEAD_BYTES = 1 << 16
+_FILE_LISTS = ("samples", "_samples", "imgs", "images", "_images", "_image_files", "image_files")
 _HELD_OUT = ("test", "val", "valid", "validation")
 
 
@@ -104,16 +108,19 @@ def _listed(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], 
 def _files(
     files: list[Path], root: Path, section: DataSection, shape: tuple[int, int, int] | None = None
 ) -> ImageItems:
-    def identity(index: int) -> bytes:
-        path = files[index]
-        try:
-            with path.open("rb") as file:
-                head = file.read(_HEAD_BYTES)
-            return f"{path.relative_to(root).as_posix()}:{path.stat().st_size}:".encode() + head
-        except OSError as error:
-            raise DataError(f"the image {path} can't be read", found=str(error), remedy="mend or remove it.") from error
-
+    identity = partial(_beginning, files, root)
     return _items(lambda i: Image.open(files[i]), identity, lambda i: str(files[i]), len(files), section, shape)
+
+
+def _beginning(files: Sequence[Path], root: Path, index: int) -> bytes:
+    """What tells a file from others: where it lies under the root, its size, its first bytes."""
+    path = files[index]
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        return f"{Path(os.path.relpath(path, root)).as_posix()}:{path.stat().st_size}:".encode() + head
+    except OSError as error:
+        raise DataError(f"the image {path} can't be read", found=str(error), remedy="mend or remove it.") from error
 
 
 def _items(
@@ -224,14 +231,31 @@ def _dataset_store(
         if values.ndim == 4 and values.shape[1] in (1, 3) and values.shape[-1] not in (1, 3):
             values = values.transpose(0, 2, 3, 1)
         return image_array(values, f"torchvision's {name}")
+    files = _dataset_files(dataset)
     return _items(
         lambda i: dataset[i][0],
-        lambda i: f"{name}:{i}".encode(),
+        partial(_pixels, dataset, name) if files is None else partial(_beginning, files, Path(dataset.root)),
         lambda i: f"{name}[{i}]",
         len(dataset),
         section,
         shape,
     )
+
+
+def _dataset_files(dataset: Any) -> list[Path] | None:
+    """The file of each image, where a data set keeps such a list; None where it has none that is known."""
+    for key in _FILE_LISTS:
+        listed = getattr(dataset, key, None)
+        if isinstance(listed, list | tuple) and listed and len(listed) == len(dataset):
+            paths = [each[0] if isinstance(each, tuple) else each for each in listed]
+            if all(isinstance(path, str | Path) for path in paths) and Path(paths[0]).is_file():
+                return [Path(path) for path in paths]
+    return None
+
+
+def _pixels(dataset: Any, name: str, index: int) -> bytes:
+    with opened_image(lambda: dataset[index][0], f"{name}[{index}]") as image:
+        return hashlib.sha256(f"{image.mode}:{image.size}:".encode() + image.tobytes()).digest()
 
 
 def _array(values: Any) -> NDArray[Any]:

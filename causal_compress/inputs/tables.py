@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from causal_compress.errors import DataError, MissingPackageError
+from causal_compress.files import sha256_of_json
 
 _MISSING = "<missing>"
 _MAX_CATEGORIES = 1000
@@ -72,6 +73,13 @@ class Encoding:
         widths = [1] * len(self.numeric) + [len(values) for values in self.categories]
         ends = np.cumsum(widths)
         return tuple(tuple(range(int(end) - width, int(end))) for end, width in zip(ends, widths, strict=True))
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint: rows that are encoded by two of the same one are encoded alike."""
+        # Nine digits: sums may be rounded otherwise on another machine.
+        fitted = [[f"{value:.9g}" for value in values] for values in (self.fill, self.mean, self.std)]
+        return sha256_of_json([self.numeric, self.categorical, fitted, self.categories])
 
     def zero(self) -> NDArray[np.float32]:
         """The encoded row whose numbers are 0 and that is in no category."""

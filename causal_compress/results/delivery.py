@@ -55,7 +55,9 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Exported:
-    """The exported files (names inside the run folder), the student's unless named otherwise, with size and parity."""
+    """The exported files (names inside the run folder), the student's unless named otherwise, with size and parity.
+    Outputs are in the order of `classes`; tables come in the encoding of that fingerprint.
+    """
 
     onnx: str
     opset: int
@@ -69,6 +71,8 @@ class Exported:
     teacher_parity: Parity | None = None
     nodes_before: int
     nodes_after: int
+    classes: tuple[str, ...] | None = None
+    encoding_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
@@ -119,7 +123,9 @@ class Scorecard:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class StageRecord:
-    """One stage in run.json: what it depended on, and what it cost."""
+    """One stage in run.json: what it depended on, and what it cost.
+    `after` names the stage before it, with the key that this had then; results of one run form one chain.
+    """
 
     stage: str
     key: str
@@ -127,6 +133,7 @@ class StageRecord:
     seconds: float
     peak_memory_bytes: int
     started: str
+    after: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)
