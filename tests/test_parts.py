@@ -122,6 +122,28 @@ def test_what_does_not_fit_says_why() -> None:
     assert refused.startswith("depth can't be refitted")
 
 
+def test_an_operation_that_cannot_do_with_another_shape_is_a_misfit() -> None:
+    """Not every operation says so by a RuntimeError: a mean over axes that are not there is an IndexError."""
+
+    class FromVector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(10, 144), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.second(torch.relu(self.first(x)).view(-1, 4, 6, 6)))
+            return self.fc(torch.relu(self.third(x.amax((2, 3)))))
+
+    network = trace(FromVector(), torch.randn(2, 10))
+    last = len(network.regions) - 1
+    spans = [
+        (first, end, by) for first in range(last) for end in range(first + 1, last) for by in range(first, end + 1)
+    ]
+    refused = [found for span in spans if isinstance(found := fitting_adapter(network, *span), str)]
+    assert any("shapes don't fit" in why for why in refused)
+
+
 def test_building_parts_leaves_the_teacher_alone() -> None:
     network = stages()
     before = {name: value.clone() for name, value in network.graph.state_dict().items()}

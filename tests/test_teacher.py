@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import Residual
@@ -113,6 +115,24 @@ def test_equal_modules_that_stay_whole_have_equal_fingerprints() -> None:
     assert structure(Around(Opaque())) == structure(Around(Opaque()))
     odd, again = ({"kept": object(), "table": {object(): 1, object(): None, "b": (2.0, torch.relu)}} for _ in range(2))
     assert structure(Around(Opaque(**odd))) == structure(Around(Opaque(**again)))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 4, 16, batch_first=True, norm_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 4, 16, batch_first=True, activation="gelu"),
+    ],
+)
+def test_what_pytorchs_own_attention_does_not_print_is_part_of_the_fingerprint(changed: Any) -> None:
+    x = torch.randn(2, 3, 8)
+
+    def found(layer: nn.Module) -> str:
+        return structure_sha256(trace(nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).eval(), x).graph)
+
+    usual = [found(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)) for _ in range(2)]
+    assert usual[0] == usual[1] != found(changed())
 
 
 def test_of_a_module_that_tracing_goes_into_only_the_graph_counts() -> None:

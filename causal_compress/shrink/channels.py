@@ -10,6 +10,7 @@ import contextlib
 import copy
 import logging
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ _PASSING = (nn.modules.batchnorm._NormBase, nn.PReLU)
 _NORMS_ACROSS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _NORM_FUNCTIONS = ("layer_norm", "group_norm", "rms_norm", "local_response_norm", "normalize")
 _ACROSS = "its norm is taken over these channels"
+_MOST_POSITIONS, _MOST_DEPENDENCIES = 500_000, 10_000  # VGG's flattened channels are 25,088 positions
 _TRIED_INPUTS = 4
 _ROUNDING = 1e-3  # relative; ten architectures: at most 1.1e-6 by rounding; one pair swapped of 2048: about 3e-2
 
@@ -125,8 +127,6 @@ def _words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -136,7 +136,25 @@ def _pruning_group(dependencies: Any, module: nn.Module, channels: list[int]) ->
     import torch_pruning as tp
 
     prune = tp.prune_conv_out_channels if isinstance(module, nn.Conv2d) else tp.prune_linear_out_channels
-    return dependencies.get_pruning_group(module, prune, idxs=channels)
+    with _bounded():
+        return dependencies.get_pruning_group(module, prune, idxs=channels)
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Ends torch-pruning's search where its lists explode, as they do where patches are merged (Swin)."""
+    from torch_pruning.dependency.group import Group
+
+    def add_dep(self: Any, dep: Any, idxs: Any) -> None:
+        if len(idxs) > _MOST_POSITIONS or len(self) > _MOST_DEPENDENCIES:
+            raise OverflowError("its lists of positions grow without end")
+        plain(self, dep, idxs)
+
+    plain, Group.add_dep = Group.add_dep, add_dep
+    try:
+        yield
+    finally:
+        Group.add_dep = plain
 
 
 def _describe_all(trial: _Trial, roots: Sequence[str]) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -194,6 +212,8 @@ def _readable(path: str, channels: int, found: dict[str, list[Any]]) -> ChannelG
         return "a layer reads its channels twice"
     if not readers:
         return "no layer that can be refitted reads its channels"
+    if both := [reader.layer for reader in readers if reader.layer in found["writer"]]:
+        return f"{both[0]} both reads and writes its channels"
     return ChannelGroup(
         path, channels, tuple(dict.fromkeys(found["writer"])), tuple(dict.fromkeys(found["passing"])), readers
     )
@@ -314,8 +334,7 @@ def _why(graph: fx.GraphModule, groups: Sequence[ChannelGroup], layer: str | Non
         layer: The first that sees something else, where the network runs.
         error: What it fails with otherwise.
     """
-    across = _norm_between(graph, groups)
-    if across is not None:
+    if (across := _norm_between(graph, groups)) is not None:
         return f"its channels reach {across}: {_ACROSS}"
     readers = list(dict.fromkeys(reader.layer for group in groups for reader in group.readers))
     return _reordered(layer or (readers[0] if len(readers) == 1 else "its readers")) + error
@@ -341,7 +360,7 @@ def _without(x: Tensor, layer: nn.Module, positions: set[int]) -> Tensor:
     """A layer's input less some of its positions."""
     axis = -3 if isinstance(layer, nn.Conv2d) else -1
     stay = [position for position in range(x.shape[axis]) if position not in positions]
-    return x.index_select(axis, torch.tensor(stay, device=x.device))
+    return x.index_select(axis, torch.tensor(stay, dtype=torch.long, device=x.device))
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

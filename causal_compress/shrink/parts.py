@@ -64,7 +64,7 @@ def _checked(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphMo
     try:
         with torch.no_grad():
             shape = tuple(part(_example(network, merge.first)).shape[1:])
-    except RuntimeError:
+    except Exception:  # what an operation says of a shape that it was not written for is of any kind
         return _misfit(network, merge)
     return part if shape == wanted else f"shapes don't fit: gives {shape}, wanted {wanted}"
 
@@ -93,7 +93,7 @@ def _reshaped(network: Network, merge: Merge, part: fx.GraphModule) -> fx.GraphM
     try:
         with torch.no_grad():
             features = extract(part, entry, tail.features)(_example(network, merge.first))
-    except RuntimeError:
+    except Exception:  # what an operation says of a shape that it was not written for is of any kind
         return _misfit(network, merge)
     outputs = _tail_outputs(network, merge.last)
     layer = fetch(part, tail.affine)

@@ -103,6 +103,7 @@ def level_counts(channels: Sequence[int], section: PlanSection) -> list[tuple[in
 
 
 def aligned(channels: int, share: float, section: PlanSection) -> int:
-    """The multiple of `align` nearest to a share of channels, within [min_channels, channels]."""
+    """The multiple of `align` nearest to a share of channels, at least `min_channels` and at most all."""
     count = max(section.align, round(channels * share / section.align) * section.align)
-    return min(channels, max(count, section.min_channels))
+    least = -(-section.min_channels // section.align) * section.align
+    return min(channels, max(count, least))

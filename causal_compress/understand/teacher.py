@@ -18,6 +18,9 @@ from causal_compress.understand.cost import count_macs, count_params
 from causal_compress.understand.statistics import wilson
 from causal_compress.understand.trace import Network
 
+_NO_MATTER = ("inplace",)
+"""What PyTorch's own modules keep that changes nothing of what they compute."""
+
 
 def weights_sha256(model: nn.Module) -> str:
     """Fingerprint of all parameters and buffers, names included."""
@@ -36,14 +39,14 @@ def _content(value: Tensor) -> bytes:
 def structure_sha256(graph: fx.GraphModule) -> str:
     """Fingerprint of what a network computes with its weights: operations, arguments and settings of modules.
 
-    Of modules that tracing left whole their code and plain attributes count as well, and of all modules the buffers
-    that no checkpoint holds.
+    Of modules that tracing left whole their code and plain attributes count as well, also of PyTorch's own where these
+    print nothing of themselves (attention), and of all modules the buffers that no checkpoint holds.
 
     Args:
         graph: Traced; the same source gives the same fingerprint in every process.
 
     Limits: functions that are called by name, and what an untraced module keeps in objects of the user's own classes,
-        are not looked into; of PyTorch's own modules only what they print of themselves counts.
+        are not looked into.
     """
     digest = hashlib.sha256()
     for node in graph.graph.nodes:
@@ -63,16 +66,16 @@ def structure_sha256(graph: fx.GraphModule) -> str:
 
 
 def _unprinted(module: nn.Module) -> Iterator[str]:
-    """Code and plain attributes of a module that is not PyTorch's own; containers of a traced network are."""
+    """Code and plain attributes of a module; of PyTorch's own only attributes, where it prints none of them."""
     own = [base for base in type(module).__mro__ if base.__module__.partition(".")[0] not in {"torch", "builtins"}]
-    if not own:
+    if not own and (module.extra_repr() or isinstance(module, fx.GraphModule)):
         return
     for base in own:
         try:
             yield inspect.getsource(base)
         except (OSError, TypeError):  # made in a console, or compiled
             yield base.__qualname__
-    known = vars(nn.Module()).keys()
+    known = {*vars(nn.Module()), *(() if own else _NO_MATTER)}
     for name, value in sorted(vars(module).items()):
         said = None if name in known else _said(value)
         if said is not None:
