@@ -342,3 +342,14 @@ def test_images_that_torchvision_decodes_have_a_fingerprint(
     assert load(source).fingerprint == first
     Image.new("RGB", (8, 8), (0, 99, 0)).save(tmp_path / "07.png")
     assert load(source).fingerprint != first
+
+
+@pytest.mark.parametrize(("kind", "told"), [(np.uint8, True), (np.int64, True), (np.bool_, False), (np.float32, False)])
+def test_whole_numbers_that_are_all_nearly_black_are_noticed(
+    kind: type, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = (np.arange(40 * 16).reshape(40, 4, 4) % 2).astype(kind)
+    np.savez(tmp_path / "masks.npz", x=x, y=np.arange(40) % 2)
+    with caplog.at_level("WARNING"):
+        load(f"npz:{tmp_path / 'masks.npz'}")
+    assert ("255 counts as white" in caplog.text) == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from causal_compress.errors import DataError
 from causal_compress.provenance import cores
+
+log = logging.getLogger(__name__)
 
 # What Pillow raises on broken, cut and far too large files; its bomb error is a plain Exception.
 IMAGE_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -261,6 +264,11 @@ def image_array(values: NDArray[Any], name: str) -> ImageArray:
             found=f"shape {values.shape}{swapped}",
             wanted="N x H x W or N x H x W x C",
             remedy="put the channels last: x.transpose(0, 2, 3, 1).",
+        )
+    if np.issubdtype(values.dtype, np.integer) and values.size and 0 < values.max() <= 1:
+        log.warning(
+            "%s has no larger whole number than 1, and 255 counts as white: if 1 is white, store booleans or floats",
+            name,
         )
     if values.dtype == np.uint8:
         return ImageArray(values)
