@@ -44,12 +44,12 @@ from causal_compress.results import (
     Surgery,
     TargetTable,
 )
-from causal_compress.runfolder import disk_errors
-from causal_compress.runs import read_provenance, read_result
+from causal_compress.runfolder import RECORD, disk_errors
+from causal_compress.runs import read_provenance, read_result, refuse_mixed
 from causal_compress.shrink.bisect import Case, bisect, with_inputs
 from causal_compress.shrink.surgery import Student
 from causal_compress.shrink.surgery import replay as replay_surgery
-from causal_compress.stages import SURGERY, WEIGHTS, numerics, probe_of, student_mark
+from causal_compress.stages import SURGERY, WEIGHTS, mark_in, numerics, probe_of, student_mark
 from causal_compress.understand.algebra import folded
 from causal_compress.understand.network import open_network
 from causal_compress.understand.trace import Network, trace
@@ -70,10 +70,22 @@ def rebuild_report(run_dir: Path) -> Path:
             found="a run that ended before its report",
             remedy="run the compress command on this folder again: it computes only what is missing",
         )
-    context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
+    context = _report_of(run_dir)
     with _into_the_run(run_dir):
         atomic_write_text(run_dir / "report.html", build_report(context))
     return run_dir / "report.html"
+
+
+def _report_of(run_dir: Path) -> ReportInput:
+    """What report.json holds, refused if it is about another student than the folder's."""
+    context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
+    if mark_in(context.provenance) != student_mark(run_dir):
+        raise RunFolderError(
+            f"report.json in {run_dir} is about an earlier student",
+            found="a later run that made another one and ended before its report",
+            remedy="run the compress command on this folder again: it computes only what is missing",
+        )
+    return context
 
 
 def rebenchmark(run_dir: Path, section: BenchmarkSection) -> Scorecard:
@@ -172,6 +184,9 @@ def benchmark_targets(
         precisions: Asked for; empty: all.
         data: A recipe whose data section names labelled inputs; None: those of a package or run among the targets.
     """
+    for target in targets:
+        if (target / RECORD).is_file() and not (target / PACKAGE).is_file():
+            refuse_mixed(target)
     entries, skipped = choose_entries(files_of(targets), runtimes, precisions)
     return measure_targets(entries, skipped, section, _evidence(targets, entries, section, data))
 
@@ -345,6 +360,8 @@ def _plan_of_student(run_dir: Path) -> Plan:
 def _student_asked_about(run_dir: Path) -> str:
     """Which student a finished run has now; refuses, before any work, a folder that the answer can't go into."""
     read_result(run_dir, "export", Exported)
+    if (run_dir / "report.json").exists():
+        _report_of(run_dir)
     with _into_the_run(run_dir):
         make_folder(run_dir)
     return student_mark(run_dir)
@@ -366,7 +383,7 @@ def _into_the_run(run_dir: Path) -> Iterator[None]:
 def _tell(run_dir: Path, extend: Callable[[ReportInput], ReportInput]) -> None:
     """Put what was found after the run into its report, where it has one."""
     if (run_dir / "report.json").exists():
-        context = read_report_json((run_dir / "report.json").read_text(encoding="utf-8"))
+        context = _report_of(run_dir)
         with _into_the_run(run_dir):
             atomic_write_text(run_dir / "report.json", report_json(extend(context)))
         rebuild_report(run_dir)

@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 _RECIPE = "recipe.resolved.yaml"
+_DECISIONS = {"latency", "search", "plan"}
 _UNBOUND = {"teacher"}  # after it a teacher near chance is refused, and the remedy is another recipe
 
 
@@ -228,12 +229,13 @@ class Run:
             (self.folder / file).unlink(missing_ok=True)
 
     def _chain(self, name: str, key: str) -> None:
-        """Notes which stage this run has been through before; what an earlier run left behind it is not of this run."""
+        """Notes after which stage this one came; decisions don't count, since a look ahead may make them anew."""
         stages = self._provenance.stages
         record = _find(stages, name, key)
         if record is not None and record.after != self._last:
             self._save(stages=tuple(replace(each, after=self._last) if each is record else each for each in stages))
-        self._last = (name, key)
+        if name not in _DECISIONS:
+            self._last = (name, key)
 
     def _save(self, **changes: Any) -> None:
         self._provenance = replace(self._provenance, **changes)
@@ -312,13 +314,20 @@ def read_result(folder: Path, name: str, result_type: type[T]) -> T:
             found="no record of it in run.json" if record is None else "files that are missing, damaged or changed",
             remedy="run the compress command on this folder again: it computes only what is missing",
         )
-    if (anew := _made_anew(stages, record)) is not None:
-        raise RunFolderError(
-            f"the stage '{name}' in {folder} is of an earlier run than what lies beside it",
-            found=f"'{anew}' was made anew since, by a run that did not end",
-            remedy="run the compress command on this folder again: it computes only what is missing",
-        )
+    _refuse_earlier(folder, stages, record)
     return reader.validate_json((folder / f"{name}.json").read_bytes())
+
+
+def refuse_mixed(folder: Path) -> None:
+    """Refuses a run folder in which models lie that a later run, which was cut off, would have made anew.
+
+    Raises:
+        RunFolderError: It is no run folder, or such a one.
+    """
+    stages = read_provenance(folder).stages
+    for record in stages:
+        if record.stage in ("export", "quantize"):
+            _refuse_earlier(folder, stages, record)
 
 
 def _provenance(folder: Path, recipe: Recipe, command: tuple[str, ...]) -> Provenance:
@@ -354,16 +363,20 @@ def _find(stages: Sequence[StageRecord], name: str, key: str | None) -> StageRec
     return next((record for record in stages if record.stage == name and key in (None, record.key)), None)
 
 
-def _made_anew(stages: Sequence[StageRecord], record: StageRecord) -> str | None:
-    """The nearest stage before this one that is another one now; None where all are those that it came after."""
+def _refuse_earlier(folder: Path, stages: Sequence[StageRecord], record: StageRecord) -> None:
+    """Refuses a stage's result if a stage that it came after, at whatever distance, is another one now."""
+    before: StageRecord | None = record
     seen = {record.stage}
-    while record.after is not None and record.after[0] not in seen:
-        before = _find(stages, *record.after)
+    while before is not None and before.after is not None and before.after[0] not in seen:
+        name, key = before.after
+        seen.add(name)
+        before = _find(stages, name, key)
         if before is None:
-            return record.after[0]
-        seen.add(before.stage)
-        record = before
-    return None
+            raise RunFolderError(
+                f"the stage '{record.stage}' in {folder} is of an earlier run than what lies beside it",
+                found=f"'{name}' was made anew since, by a run that did not come as far",
+                remedy="run the compress command on this folder again: it computes only what is missing",
+            )
 
 
 def _is_sound(folder: Path, record: StageRecord, reader: TypeAdapter[Any]) -> bool:

@@ -377,7 +377,12 @@ def report(run: Run, recipe: Recipe, known: Understood, told: Told) -> None:
 
 def student_mark(folder: Path) -> str:
     """Fingerprint of a run's student and of all that it was made from, for what is found about it after the run."""
-    record = next(record for record in read_provenance(folder).stages if record.stage == "export")
+    return mark_in(read_provenance(folder))
+
+
+def mark_in(provenance: Provenance) -> str:
+    """The same, by the record of a run at any time."""
+    record = next(record for record in provenance.stages if record.stage == "export")
     return sha256_of_json([record.key, record.files[WEIGHTS]])
 
 

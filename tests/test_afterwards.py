@@ -159,12 +159,49 @@ def test_rows_in_another_encoding_measure_no_run(finished, tmp_path):
     lines = (finished.parent / "data.csv").read_text().splitlines()
     (tmp_path / "new.csv").write_text("\n".join([lines[0], *lines[300:]]) + "\n")
     recipe = load_recipe(finished / afterwards.RECIPE, [f"data.source=csv:{tmp_path / 'new.csv'}"])
-    rows, told = measured(finished, data=recipe)
-    assert rows["run teacher"] == rows["run student"] == (None, None)
-    assert "come from other rows than in run" in told[-1]
-    rows, told = measured(finished, data=load_recipe(finished / afterwards.RECIPE))
+    afterwards.export_run(finished, Wish("onnx"), tmp_path / "package")
+    rows, told = measured(finished, tmp_path / "package", data=recipe)
+    assert {accuracy for accuracy, _ in rows.values()} == {None}
+    assert ["come from other rows than in" in note for note in told] == [True, True]
+    rows, told = measured(finished, tmp_path / "package", data=load_recipe(finished / afterwards.RECIPE))
     assert rows["run student"][1] is not None
-    assert told == ["accuracy: on 120 of 600 given inputs, the test split of the given data"]
+    assert rows["teacher"][0] == rows["run teacher"][0]
+    assert told == ["accuracy: on 120 inputs, the test split of the given data"]
+
+
+def test_a_folder_in_which_a_later_run_was_cut_off_is_refused(finished, tmp_path):
+    def cut_off(after):
+        """A copy in which a run of another teacher came so far, as its record would say."""
+        run = Path(shutil.copytree(finished, tmp_path / after))
+        record = json.loads((run / "run.json").read_text())
+        changed = {stage["stage"]: f"{stage['key'][:-4]}beef" for stage in record["stages"]}
+        for stage in record["stages"]:
+            name = stage["stage"]
+            stage["key"] = changed[name]
+            stage["after"] = stage["after"] and [stage["after"][0], changed[stage["after"][0]]]
+            if name == after:
+                break
+        (run / "run.json").write_text(json.dumps(record))
+        return run
+
+    early = cut_off("teacher")
+    for ask in (
+        lambda: afterwards.rebuild_report(early),
+        lambda: afterwards.rebenchmark(early, QUICK),
+        lambda: afterwards.export_run(early, Wish("onnx"), tmp_path / "out"),
+        lambda: measured(early),
+        lambda: measured(early, data=load_recipe(finished / afterwards.RECIPE)),
+        lambda: afterwards.audit_run(early, {}),
+    ):
+        with pytest.raises(RunFolderError, match=r"'export'.*is of an earlier run"):
+            ask()
+    late = cut_off("export")
+    for ask in (lambda: afterwards.rebuild_report(late), lambda: afterwards.bisect_run(late)):
+        with pytest.raises(RunFolderError, match=r"report\.json.*about an earlier student"):
+            ask()
+    for ask in (lambda: afterwards.rebenchmark(late, QUICK), lambda: measured(late)):
+        with pytest.raises(RunFolderError, match=r"'quantize'.*is of an earlier run"):
+            ask()
 
 
 def test_a_second_run_without_its_data_is_timed_without_accuracy(finished, otherwise, tmp_path):

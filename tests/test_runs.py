@@ -249,6 +249,12 @@ def test_what_an_earlier_run_left_is_not_read_as_the_new_ones(tmp_path):
         assert read_result(tmp_path, stage, Accuracy) == ACCURACY
 
 
+def test_a_look_ahead_leaves_what_is_finished(tmp_path):
+    carry_out(tmp_path, candidates=1, latency=1, search=1, plan=1, export=1)
+    carry_out(tmp_path, candidates=1, latency=2, plan=2)
+    assert read_result(tmp_path, "export", Accuracy) == ACCURACY
+
+
 def test_a_folder_from_before_stages_named_the_one_before_is_read(tmp_path):
     carry_out(tmp_path, teacher=1, export=1)
     record = json.loads((tmp_path / "run.json").read_text())

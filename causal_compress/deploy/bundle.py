@@ -142,6 +142,7 @@ def _assemble(source: Source, wish: Wish, folder: Path) -> Package:
         inputs_sha256=sha256_of_file(folder / _INPUTS),
         inputs_count=count,
         skipped=tuple(skipped),
+        encoding_sha256=source.data.encoding_sha256,
     )
 
 

@@ -90,22 +90,32 @@ def given_evidence(entries: Sequence[Entry], batch: int, recipe: Recipe) -> Evid
     Args:
         entries: What is measured.
         batch: How many inputs for timing.
-        recipe: Names the data, and how they are prepared. Data that lack some of the classes get the labels that these
-            have where the targets come from.
+        recipe: Names the data, and how they are prepared. Data that lack some of a target's classes get the labels that
+            these have there; where one of both has numbers for names, labels are taken as they are.
     """
     data = load_data(recipe.data, seed=recipe.seed)
     folders = _by_folder(entries)
-    classes = _common_classes(data, [_classes_of(folder) for folder in folders])
-    given = _of_split(data.test, batch, np.array([classes.index(name) for name in data.classes]))
+    known = {folder: _classes_of(folder) for folder in folders}
+    orders = {folder: _order(data.classes, classes) for folder, classes in known.items()}
+    usual = next((order for order in orders.values() if order is not None), _order(data.classes, None))
+    given = _of_split(data.test, batch, np.array(usual))
     own: dict[Path, Evidence] = {}
     notes = []
-    if data.test.rows is data.train.rows:  # of a source without a test part of its own
-        count = sum(len(split) for split in (data.train, data.calibration, data.validation, data.test))
-        notes.append(f"accuracy: on {len(data.test):,} of {count:,} given inputs, the test split of the given data")
     for folder, theirs in folders.items():
-        if found := _otherwise(folder, recipe, replace(data, classes=classes)):
+        order, classes = orders[folder], known[folder]
+        brought = data if order is None or classes is None else replace(data, classes=classes)
+        if found := _otherwise(folder, recipe, brought):
             own |= {entry.file.path: Evidence(given.first) for entry in theirs}
-            notes.append(f"{_names(theirs)}: no accuracy, because the given data are prepared otherwise: {found}")
+            notes.append(
+                f"{_names(theirs)}: no accuracy, because the given data are others or prepared otherwise: {found}"
+            )
+        elif order != usual:
+            own |= {entry.file.path: _of_split(data.test, batch, np.array(order)) for entry in theirs}
+            notes.append(
+                f"{_names(theirs)}: classes come in another order than in the first target; so no drop is told"
+            )
+    if data.test.rows is data.train.rows and any(own.get(entry.file.path, given).batches for entry in entries):
+        notes.insert(0, f"accuracy: on {len(data.test):,} inputs, the test split of the given data")
     return replace(given, own=own, notes=tuple(notes))
 
 
@@ -217,11 +227,27 @@ def _same_inputs(split: Split, x: Array) -> bool:
     return found.shape == x.shape and bool(np.allclose(found, x, rtol=1e-4, atol=1e-5))
 
 
-def _common_classes(data: Data, known: Sequence[tuple[str, ...] | None]) -> tuple[str, ...]:
-    """The classes of all targets, if these agree and the data bring no others; else the data's own."""
-    agreed = {classes for classes in known if classes is not None}
-    (common,) = agreed if len(agreed) == 1 else (data.classes,)
-    return common if set(data.classes) <= set(common) else data.classes
+def _order(classes: tuple[str, ...], known: tuple[str, ...] | None) -> tuple[int, ...] | None:
+    """Position of each class among those of a target; None where they can't be brought together.
+
+    Args:
+        classes: Of the given data.
+        known: Of the target; None: it doesn't say.
+    """
+    own = tuple(range(len(classes)))
+    if known is None or classes == known:
+        return own
+    if _are_numbers(classes) and len(classes) <= len(known):
+        return own
+    if _are_numbers(known):
+        return own if len(classes) == len(known) else None
+    unique = len(set(known)) == len(known) and len(set(classes)) == len(classes)
+    return tuple(map(known.index, classes)) if unique and set(classes) <= set(known) else None
+
+
+def _are_numbers(classes: tuple[str, ...]) -> bool:
+    """Whether these are only the labels themselves, of data without names."""
+    return classes == tuple(map(str, range(len(classes))))
 
 
 def _classes_of(folder: Path) -> tuple[str, ...] | None:
@@ -246,7 +272,9 @@ def _otherwise(folder: Path, recipe: Recipe, data: Data) -> str:
         package, normalize = read_package(folder), recipe.data.normalize
         here = {"kind": data.kind, "input_shape": data.input_shape, "classes": data.classes}
         here |= {name: value and tuple(value) for name, value in (("mean", normalize.mean), ("std", normalize.std))}
-        there = {name: getattr(package, name) for name in here}
+        if data.kind == "table":
+            here |= {"encoding": data.encoding_sha256}
+        there = {name: package.encoding_sha256 if name == "encoding" else getattr(package, name) for name in here}
     else:
         section, exported = load_recipe(folder / _RECIPE).data, _exported(folder)
         here = {name: getattr(recipe.data, name) for name in _PREPARING}
@@ -259,6 +287,8 @@ def _otherwise(folder: Path, recipe: Recipe, data: Data) -> str:
 
 
 def _told(name: str, here: Any, there: Any, where: str) -> str:
+    if name == "encoding" and there is None:
+        return f"{where} doesn't say how its columns were encoded"
     if name == "encoding":
         return f"means, standard deviations and categories of the columns come from other rows than in {where}"
     return f"{name} {_shortened(here)} here, {_shortened(there)} in {where}"

@@ -124,7 +124,7 @@ class Scorecard:
 @dataclass(frozen=True, kw_only=True, config=config)
 class StageRecord:
     """One stage in run.json: what it depended on, and what it cost.
-    `after` names the stage before it, with the key that this had then; results of one run form one chain.
+    `after` names the stage before it that is no decision, with the key that this had then: one run's are a chain.
     """
 
     stage: str
@@ -193,7 +193,9 @@ class PackagedModel:
 
 @dataclass(frozen=True, kw_only=True, config=config)
 class Package:
-    """package.json: models, how inputs are prepared, and real inputs (prepared) with the logits that are expected."""
+    """package.json: models, how inputs are prepared, and real inputs (prepared) with the logits that are expected.
+    Tables come in the encoding of that fingerprint.
+    """
 
     schema: Literal[1] = 1
     made_with: dict[str, str]
@@ -210,6 +212,7 @@ class Package:
     inputs_sha256: str
     inputs_count: int
     skipped: tuple[Skip, ...] = ()
+    encoding_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=config)

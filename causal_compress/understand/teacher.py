@@ -68,7 +68,8 @@ def structure_sha256(graph: fx.GraphModule) -> str:
 def _unprinted(module: nn.Module) -> Iterator[str]:
     """Code and plain attributes of a module; of PyTorch's own only attributes, where it prints none of them."""
     own = [base for base in type(module).__mro__ if base.__module__.partition(".")[0] not in {"torch", "builtins"}]
-    if not own and (module.extra_repr() or isinstance(module, fx.GraphModule)):
+    printing = type(module).extra_repr is not nn.Module.extra_repr
+    if not own and (printing or isinstance(module, fx.GraphModule)):
         return
     for base in own:
         try:
