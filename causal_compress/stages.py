@@ -44,6 +44,7 @@ from causal_compress.results import (
     Log,
     Pareto,
     Plan,
+    Provenance,
     Quantized,
     RegionInfo,
     Scorecard,
