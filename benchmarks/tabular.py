@@ -17,7 +17,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from causal_compress.pipeline import compress
 from causal_compress.provenance import machine
 from causal_compress.recipe import Recipe
 from causal_compress.recipe_file import load_recipe
+from causal_compress.runs import read_provenance
 from causal_compress.shipped import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,9 +113,7 @@ def measure(folder: Path, work: Path, removed_pct: float, seed: int) -> dict[str
         make_teacher(folder, weights, seed)
     inputs = load_data(recipe_for(folder, weights, 1.0, seed).data, seed=seed).input_shape[0]
     recipe = recipe_for(folder, weights, 1 - removed_pct / 100, seed, inputs)
-    started = time.perf_counter()
-    outcome = compress(recipe, work / f"run-{removed_pct:g}-{seed}")
-    seconds = time.perf_counter() - started
+    outcome = compress(recipe, folder := work / f"run-{removed_pct:g}-{seed}")
     teacher, student = (
         next(row for row in outcome.scorecard.rows if row.model == name) for name in ("teacher", "student")
     )
@@ -131,7 +129,7 @@ def measure(folder: Path, work: Path, removed_pct: float, seed: int) -> dict[str
         "params": student.params,
         "teacher_params": teacher.params,
         "verdict": outcome.scorecard.verdict,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(stage.seconds for stage in read_provenance(folder).stages), 1),
         "optimizer": recipe.distill.optimizer if recipe.distill else None,
         "epochs": recipe.distill.epochs if recipe.distill else 0,
     }
