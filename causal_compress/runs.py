@@ -302,8 +302,7 @@ def read_result(folder: Path, name: str, result_type: type[T]) -> T:
     """Reads the result of a finished stage from a run folder, without opening it for writing.
 
     Raises:
-        RunFolderError: It is no run folder, or the stage is not finished, or its files were changed since, or a later
-            run has made an earlier stage anew and did not come as far as this one.
+        RunFolderError: It is no run folder, or the stage is not finished, was changed since, or is of an earlier run.
     """
     stages = read_provenance(folder).stages
     record = _find(stages, name, None)
