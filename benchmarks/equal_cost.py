@@ -6,8 +6,8 @@ A method makes a student of a Case; everything after that is the same for all. B
 calibration inputs where that lowers the output KL there; all recover by the same distillation; answers on the 10,000
 test images are read once for each student. Students and answers are kept in --work, which makes intervals paired: what
 is there is neither made nor measured again, so students can be made on one machine (--make) and recover on another that
-has a GPU. Rows of other seeds, methods or epochs that stand in the results stay there; a method that can't reach the
-cost has a row that says so.
+has a GPU. Rows of other seeds, methods or epochs that stand in the results stay there, and are paired with the new ones
+where they hold their answers; a method that can't reach the cost has a row that says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from equal_cost_tables import compared, pooled, together
+from equal_cost_tables import together
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
@@ -353,6 +353,5 @@ def run(methods: Mapping[str, Method], description: str | None, script: str) -> 
                 print({key: value for key, value in rows[-1].items() if key != "hits"}, flush=True)
         if given.make:
             continue
-        single = [row for one in given.seeds for row in compared([row for row in rows if row["seed"] == one])]
-        result = {**content, **together(before, single, pooled(rows))}
+        result = {**content, **together(before, rows)}
         atomic_write_text(given.out, json.dumps(result, indent=1) + "\n")

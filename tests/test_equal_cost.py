@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import fx, nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # its scripts are no package
@@ -19,24 +22,41 @@ from equal_cost import Contest, Made, Teacher, student_of
 from equal_cost_tables import together
 
 
-def row(method: str, seed: int, accuracy: float, epochs: int = 15) -> dict[str, Any]:
+def row(
+    method: str, seed: int, accuracy: float, epochs: int = 15, hits: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
     return {
         "arch": "resnet20",
         "equal": "macs",
         "method": method,
         "recovery_epochs": epochs,
         "seed": seed,
+        "macs_kept": 0.5,
         "accuracy_pct": accuracy,
+        "n": None if hits is None else len(hits),
+        "recovered_on": None,
+        "hits": hits,
     }
 
 
+def answered(method: str, seed: int, right: str, epochs: int = 15) -> dict[str, Any]:
+    """A row whose answers are spelt out: 1 for each test input that was answered rightly."""
+    hits = np.array([letter == "1" for letter in right])
+    return row(method, seed, 100.0 * float(hits.mean()), epochs, hits)
+
+
+def stored(rows: list[dict[str, Any]], over_seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """A results file of before answers were kept."""
+    return {"rows": [{k: v for k, v in row.items() if k != "hits"} for row in rows], "over_seeds": over_seeds}
+
+
 def mean(method: str, seeds: int, accuracy: float) -> dict[str, Any]:
-    return {**{k: v for k, v in row(method, 0, accuracy).items() if k != "seed"}, "seeds": seeds}
+    return {**{k: v for k, v in row(method, 0, accuracy).items() if k not in ("seed", "hits", "n")}, "seeds": seeds}
 
 
 def test_rows_of_other_runs_stay_and_those_of_the_same_student_are_replaced() -> None:
-    before = {"rows": [row("ours", 0, 91.0), row("random", 0, 90.0), row("ours", 0, 88.0, epochs=0)]}
-    found = together(before, [row("random", 0, 89.5), row("random", 1, 89.0)], [])["rows"]
+    before = stored([row("ours", 0, 91.0), row("random", 0, 90.0), row("ours", 0, 88.0, epochs=0)], [])
+    found = together(before, [row("random", 0, 89.5), row("random", 1, 89.0)])["rows"]
     said = [(r["recovery_epochs"], r["seed"], r["method"], r["accuracy_pct"]) for r in found]
     assert said == [
         (0, 0, "ours", 88.0),
@@ -44,32 +64,68 @@ def test_rows_of_other_runs_stay_and_those_of_the_same_student_are_replaced() ->
         (15, 0, "random", 89.5),
         (15, 1, "random", 89.0),
     ]
+    assert not any("hits" in r for r in found)
 
 
 def test_a_mean_gives_way_to_one_of_as_many_seeds_only() -> None:
-    before = {"over_seeds": [mean("ours", 3, 91.0), mean("Taylor", 2, 90.0)]}
-    found = together(before, [], [mean("ours", 1, 92.0), mean("Taylor", 2, 90.5), mean("random", 1, 89.0)])
-    assert [(r["method"], r["seeds"], r["accuracy_pct"]) for r in found["over_seeds"]] == [
+    before = stored([], [mean("ours", 3, 91.0), mean("Taylor", 1, 90.0)])
+    new = [answered("ours", 0, "1110"), answered("Taylor", 0, "1010"), answered("random", 0, "1000")]
+    found = together(before, new)["over_seeds"]
+    assert [(r["method"], r["seeds"], r["accuracy_pct"]) for r in found] == [
         ("ours", 3, 91.0),
-        ("Taylor", 2, 90.5),
-        ("random", 1, 89.0),
+        ("Taylor", 1, 50.0),
+        ("random", 1, 25.0),
     ]
 
 
 def test_the_first_run_has_nothing_beside_it() -> None:
-    assert [r["method"] for r in together({}, [row("random", 0, 89.0), row("ours", 0, 91.0)], [])["rows"]] == [
+    assert [r["method"] for r in together({}, [row("random", 0, 89.0), row("ours", 0, 91.0)])["rows"]] == [
         "ours",
         "random",
     ]
 
 
 def test_rows_from_before_latency_could_be_equal_are_of_equal_macs() -> None:
-    old = [{key: value for key, value in row("ours", 0, 88.0, epochs=0).items() if key != "equal"}]
-    found = together({"rows": old}, [row("ours", 0, 91.0)], [])["rows"]
+    old = [{key: value for key, value in row("ours", 0, 88.0, epochs=0).items() if key not in ("equal", "hits")}]
+    found = together({"rows": old}, [row("ours", 0, 91.0)])["rows"]
     assert [(r["equal"], r["recovery_epochs"], r["accuracy_pct"]) for r in found] == [
         ("macs", 0, 88.0),
         ("macs", 15, 91.0),
     ]
+
+
+def test_sittings_are_paired_by_the_answers_in_the_results() -> None:
+    rows = [
+        answered("ours", 0, "1111011100"),
+        answered("Taylor", 0, "1101011000"),
+        answered("ours", 1, "1111111100"),
+        answered("Taylor", 1, "0111011101"),
+    ]
+    whole = together({}, rows)
+    at_last = json.loads(json.dumps(together({}, rows[:1])))
+    for later in rows[1:]:
+        at_last = json.loads(json.dumps(together(at_last, [later])))
+    assert at_last == json.loads(json.dumps(whole))
+    distances = {(r["method"], r["seed"]): r["behind_ours_pp"] for r in at_last["rows"]}
+    assert distances == {("ours", 0): None, ("Taylor", 0): 20.0, ("ours", 1): None, ("Taylor", 1): 10.0}
+    both = next(r for r in at_last["over_seeds"] if r["method"] == "Taylor")
+    assert (both["seeds"], both["accuracy_pct"], both["behind_ours_pp"]) == (2, 60.0, 15.0)
+
+
+def test_a_row_without_answers_keeps_the_distance_it_was_written_with() -> None:
+    old = stored([{**row("Taylor", 0, 90.7), "behind_ours_pp": 0.4, "behind_ours_ci_pp": [0.1, 0.7]}], [])
+    found = together(old, [answered("ours", 0, "1110")])["rows"]
+    assert [(r["method"], r["behind_ours_pp"], r["behind_ours_ci_pp"]) for r in found] == [
+        ("ours", None, None),
+        ("Taylor", 0.4, [0.1, 0.7]),
+    ]
+
+
+def test_students_of_another_teacher_are_not_compared() -> None:
+    other = {**answered("ours", 0, "1111"), "arch": "resnet56"}
+    found = together({}, [other, answered("Taylor", 0, "1010")])
+    assert [r["behind_ours_pp"] for r in found["rows"]] == [None, None]
+    assert [r["behind_ours_pp"] for r in found["over_seeds"]] == [None, None]
 
 
 def contest(work: Path, settings: list[str]) -> Contest:

@@ -20,6 +20,7 @@ from causal_compress.errors import DataError, MissingPackageError, TraceError
 from causal_compress.inputs.data import Data
 from causal_compress.recipe import DistillSection
 from causal_compress.recover import checkpoint
+from causal_compress.recover.allocator import freed_memory_kept
 from causal_compress.recover.compiling import compiled, is_compiled, is_recorded
 from causal_compress.recover.networks import answer, fold_batch_norms, observed
 from causal_compress.recover.norms import trained_node, with_norms, without_norms
@@ -85,7 +86,8 @@ def distill(  # noqa: PLR0913  (what a stage needs to know; all but the networks
             course = replace(course, teacher=compiled(course.teacher))
         learner = prepare(course, watched)
         course = replace(course, recorded=learner.recorded)
-        history = _train(course, learner, progress_dir, stamp)
+        with freed_memory_kept():
+            history = _train(course, learner, progress_dir, stamp)
         structure.load_state_dict(learner.result.state_dict())
         trained.load_state_dict(without_norms(structure, student) if section.norms else structure.state_dict())
     return trained, _summary(course, trained, history)
