@@ -1,8 +1,10 @@
-"""Two plans beside each other: harms predicted for merges and for narrower layers err differently; surgery decides."""
+"""Plans beside each other: harms predicted for merges, narrow layers and low ranks err differently; surgery decides."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import Recipe
@@ -16,8 +18,11 @@ from causal_compress.shrink.rewrite import rewrite
 from causal_compress.understand.trace import Network
 
 NEAR = 1.5
-"""A plan without merges is tried if its predicted harm is at most so many times that of the plan with them."""
+"""A rival is tried if its predicted harm is at most so many times that of the plan."""
+CHEAP_MACS = 1_000_000
+"""Up to here [MACs of the teacher] trials take a second, and all rivals are tried, however far they seem to be."""
 INPUTS = 512
+_WITHOUT = (("merges", {"depth": False}), ("low ranks", {"low_rank": False}))
 
 
 def plan_and_compare(
@@ -27,10 +32,11 @@ def plan_and_compare(
     probe: Probe,
     file: FileCosts | None = None,
 ) -> Plan:
-    """The plan of least predicted harm; where it merges, the better of it and of one without merges.
+    """The plan of least predicted harm, or one that does without some of its means if its student does less harm.
 
-    The two are compared by the output KL of their students on held-out inputs, after a surgery on fewer inputs. A plan
-    without merges whose predicted harm is far higher is not tried.
+    They are compared by the output KL of their students on held-out inputs, after a surgery on fewer inputs. Large
+    networks have one rival, the plan without merges, and that only if it is not predicted to do far more harm; small
+    ones also have those without low ranks, and without both.
 
     Args:
         network: The teacher.
@@ -43,27 +49,52 @@ def plan_and_compare(
         BudgetError: no plan can meet the budget.
     """
     best = make_plan(*known, recipe.budget, recipe.plan, file=file)
-    rival = _without_merges(best, known, recipe, file)
-    if rival is None:
+    plans = {"the plan of least predicted harm": best}
+    for name, rival in _rivals(best, known, recipe, file):
+        if rival.decisions not in [plan.decisions for plan in plans.values()]:
+            plans[name] = rival
+    if len(plans) == 1:
         return best
-    both, names = (best, rival), ("the plan with merges", "the plan without merges")
-    harms = [trial_harm(network, plan, recipe, probe) for plan in both]
-    winner = min(range(2), key=lambda index: harms[index])
-    told = f"held-out output KL {harms[1 - winner]:.4f} nats after a trial surgery, against {harms[winner]:.4f}"
-    return replace(both[winner], skipped=(*both[winner].skipped, Skip(what=names[1 - winner], reason=told)))
+    harms = {name: trial_harm(network, plan, recipe, probe) for name, plan in plans.items()}
+    winner = min(harms, key=lambda name: harms[name])
+    told = tuple(
+        Skip(
+            what=name,
+            reason=f"held-out output KL {harm:.4f} nats after a trial surgery, against {harms[winner]:.4f} of {winner}",
+        )
+        for name, harm in harms.items()
+        if name != winner
+    )
+    return replace(plans[winner], skipped=(*plans[winner].skipped, *told))
 
 
-def _without_merges(
+def _rivals(
     best: Plan, known: tuple[Candidates, Effects, Groups], recipe: Recipe, file: FileCosts | None
-) -> Plan | None:
-    merges = any(decision.candidate.first != decision.candidate.last for decision in best.decisions)
-    if not merges or not (recipe.plan.width or recipe.plan.low_rank):
-        return None
-    try:
-        rival = make_plan(*known, recipe.budget, recipe.plan.model_copy(update={"depth": False}), file=file)
-    except BudgetError:
-        return None
-    return rival if rival.predicted_harm_kl <= NEAR * best.predicted_harm_kl else None
+) -> Iterator[tuple[str, Plan]]:
+    """Plans that do without a means that the best one uses, as far as they are worth a trial."""
+    cheap = known[0].macs <= CHEAP_MACS
+    for names, changes in _restrictions(best, recipe, cheap=cheap):
+        section = recipe.plan.model_copy(update=changes)
+        try:
+            rival = make_plan(*known, recipe.budget, section, file=file)
+        except BudgetError:
+            continue
+        if cheap or rival.predicted_harm_kl <= NEAR * best.predicted_harm_kl:
+            yield f"the plan without {names}", rival
+
+
+def _restrictions(best: Plan, recipe: Recipe, *, cheap: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What rivals do without, and how the recipe says so; some means must be left to them."""
+    used = {
+        "merges": any(decision.candidate.first != decision.candidate.last for decision in best.decisions),
+        "low ranks": any(decision.candidate.ranks for decision in best.decisions),
+    }
+    left = recipe.plan.width or recipe.plan.low_rank
+    for name, change in _WITHOUT if cheap else _WITHOUT[:1]:
+        if used[name] and left:
+            yield name, change
+    if cheap and any(used.values()) and recipe.plan.width:
+        yield "merges and low ranks", {"depth": False, "low_rank": False}
 
 
 def trial_harm(network: Network, plan: Plan, recipe: Recipe, probe: Probe) -> float:
