@@ -10,6 +10,7 @@ from test_surgery import inputs_of, merging, planned, singles, traced
 
 from causal_compress.errors import BudgetError
 from causal_compress.recipe import PlanSection, Recipe
+from causal_compress.results import Skip
 from causal_compress.shrink import rivals
 from causal_compress.shrink.probe import Probe
 from causal_compress.shrink.rivals import CHEAP_MACS, plan_and_compare, trial_harm
@@ -106,6 +107,18 @@ def test_a_small_network_tries_all_that_differ_however_far_they_seem(monkeypatch
     }
     assert [skip.what for skip in chosen.skipped] == [name for key, name in names.items() if key != winner]
     assert all(f"against 0.0100 of {names[winner]}" in skip.reason for skip in chosen.skipped)
+
+
+def test_plans_that_do_the_same_are_tried_once(monkeypatch):
+    network, plans = small_plans()
+    flat = plans[False, True]
+    told = tuple(dataclasses.replace(d, refused=(Skip(what="another", reason="worse"),)) for d in flat.decisions)
+    plans[False, False] = dataclasses.replace(flat, decisions=told)
+    monkeypatch.setattr(rivals, "make_plan", lambda *known, file=None: plans[known[-1].depth, known[-1].low_rank])
+    tried = []
+    monkeypatch.setattr(rivals, "trial_harm", lambda network, plan, *_: tried.append(plan) or 0.1)
+    plan_and_compare(network, CHEAP, Recipe(), probe_of("residual"))
+    assert [id(plan) for plan in tried] == [id(plans[True, True]), id(flat)]
 
 
 def test_what_the_recipe_forbids_no_rival_uses(monkeypatch):

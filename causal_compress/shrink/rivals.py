@@ -51,7 +51,7 @@ def plan_and_compare(
     best = make_plan(*known, recipe.budget, recipe.plan, file=file)
     plans = {"the plan of least predicted harm": best}
     for name, rival in _rivals(best, known, recipe, file):
-        if rival.decisions not in [plan.decisions for plan in plans.values()]:
+        if not any(_same(rival, plan) for plan in plans.values()):
             plans[name] = rival
     if len(plans) == 1:
         return best
@@ -66,6 +66,11 @@ def plan_and_compare(
         if name != winner
     )
     return replace(plans[winner], skipped=(*plans[winner].skipped, *told))
+
+
+def _same(one: Plan, other: Plan) -> bool:
+    """Whether two plans do the same; what they refused for it may differ."""
+    return [decision.candidate for decision in one.decisions] == [decision.candidate for decision in other.decisions]
 
 
 def _rivals(
