@@ -20,7 +20,7 @@ from causal_compress.understand.trace import Network
 NEAR = 1.5
 """A rival is tried if its predicted harm is at most so many times that of the plan."""
 CHEAP_MACS = 1_000_000
-"""Up to here [MACs of the teacher] trials take a second, and all rivals are tried, however far they seem to be."""
+"""Up to here [MACs of the teacher] trials are cheap, and all rivals are tried, however far they seem to be."""
 INPUTS = 512
 _WITHOUT = (("merges", {"depth": False}), ("low ranks", {"low_rank": False}))
 
